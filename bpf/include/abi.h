@@ -1,0 +1,270 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * All that the kernel programs and user space share: sizes, verdicts and the
+ * layout of every map's key and value.  Nothing here is written down a second
+ * time.  Three readers take it from this file:
+ *
+ *   - the BPF programs include it;
+ *   - the cffi modules are built from it (their build scripts feed the text
+ *     below to cffi), so Python spells lib.SLUICE_MAX_LANES and
+ *     ffi.new("struct sluice_rule[]", n);
+ *   - tools that look at a loaded program learn the layout from the maps' BTF.
+ *
+ * Therefore only plain enums, structs of fixed-size integers and
+ * "#define NAME number" are allowed in this file.
+ *
+ * Banks.  What a policy says lives twice, in bank 0 and bank 1.  The program
+ * reads the generation once per packet and uses bank (generation & 1); user
+ * space fills the other bank and then writes the next generation, one aligned
+ * 64-bit store.  A bank is written again only after an RCU grace period, so no
+ * packet sees half of one policy and half of another.
+ *
+ * Addresses are 16 bytes in network order; IPv4 is mapped (::ffff:a.b.c.d), and
+ * a packet that carries such an address in an IPv6 header is never looked up
+ * (SLUICE_PASS_SOURCE), so the two families cannot be confused.
+ */
+#ifndef SLUICE_ABI_H
+#define SLUICE_ABI_H
+
+#include <linux/types.h>
+
+#define SLUICE_ABI_VERSION 1
+
+#define SLUICE_BANKS 2
+#define SLUICE_MAX_LANES 8		/* lane 0 has the highest priority */
+#define SLUICE_MAX_SERVICES 32		/* service 0: not ours */
+#define SLUICE_MAX_CLASSES 16		/* class 0: nobody's prefix */
+#define SLUICE_MAX_KINDS 8		/* kind 0: no pattern matched */
+#define SLUICE_MAX_PATTERNS 16		/* patterns of one service */
+#define SLUICE_MAX_QUEUES 64
+#define SLUICE_MAX_STRANGERS 65536	/* LRU: unknown remote addresses */
+#define SLUICE_MAX_KNOWN 131072		/* configured peers */
+#define SLUICE_MAX_PREFIXES 262144	/* per bank, both families */
+#define SLUICE_PREFIX_BUCKETS 16384	/* limits of stranger prefixes, a power of 2 */
+#define SLUICE_PORTS 65536
+
+#define SLUICE_PORTS_SIZE 131072	/* SLUICE_BANKS * SLUICE_PORTS */
+#define SLUICE_PATTERNS_SIZE 64		/* SLUICE_BANKS * SLUICE_MAX_SERVICES */
+#define SLUICE_RULES_SIZE 8192		/* BANKS * SERVICES * CLASSES * KINDS */
+#define SLUICE_XSKS_SIZE 512		/* SLUICE_MAX_QUEUES * SLUICE_MAX_LANES */
+
+/*
+ * Why a packet went where it went.  Every packet gets exactly one of these;
+ * their sum is the number of packets seen.  The prefix (PASS, DROP, STEER,
+ * REPLY) says what happened and is relied upon by everything that adds up.
+ */
+enum sluice_reason {
+	SLUICE_PASS_TRUNCATED = 0,	/* ends before the header it announces */
+	SLUICE_PASS_NOT_IP = 1,		/* ARP, LLDP, any other ethertype */
+	SLUICE_PASS_VLAN_DEPTH = 2,	/* more than two VLAN tags */
+	SLUICE_PASS_IP_HEADER = 3,	/* version, IHL or length is wrong */
+	SLUICE_PASS_EXTENSION = 4,	/* IPv6 extension headers not understood */
+	SLUICE_PASS_FRAGMENT = 5,	/* any UDP fragment, policy says pass */
+	SLUICE_PASS_NOT_UDP = 6,	/* TCP, ICMP, ND, ... and their fragments */
+	SLUICE_PASS_UDP_LENGTH = 7,	/* UDP length contradicts the IP length */
+	SLUICE_PASS_NOT_OURS = 8,	/* no service on this port */
+	SLUICE_PASS_SOURCE = 9,		/* source address no host may have */
+	SLUICE_PASS_POLICY = 10,	/* the rule says pass, or no rule matches */
+	SLUICE_PASS_LANE = 11,		/* the lane ends in the kernel */
+	SLUICE_PASS_NO_SOCKET = 12,	/* nobody has opened that lane here */
+	SLUICE_DROP_FRAGMENT = 13,	/* UDP fragment, policy says drop */
+	SLUICE_DROP_DENIED = 14,	/* the peer's class is denied */
+	SLUICE_DROP_POLICY = 15,	/* the rule says drop */
+	SLUICE_DROP_PEER_LIMIT = 16,
+	SLUICE_DROP_PREFIX_LIMIT = 17,
+	SLUICE_DROP_LANE_LIMIT = 18,
+	SLUICE_STEER = 19,		/* given to the lane's AF_XDP socket */
+	SLUICE_STEER_DEMOTED = 20,	/* the same, in a lower lane */
+	SLUICE_PASS_DEMOTED = 21,	/* lower lane, which ends in the kernel */
+	SLUICE_REPLY = 22,		/* heartbeat answered here */
+	SLUICE_REASONS = 23
+};
+
+/* One row per lane and one for packets that no lane was chosen for. */
+#define SLUICE_COUNTER_ROWS 9		/* SLUICE_MAX_LANES + 1 */
+#define SLUICE_NO_LANE 8		/* the last row */
+#define SLUICE_VERDICTS_SIZE 207	/* SLUICE_COUNTER_ROWS * SLUICE_REASONS */
+
+enum sluice_action {
+	SLUICE_ACTION_PASS = 0,		/* zero, so that no rule means pass */
+	SLUICE_ACTION_LANE = 1,
+	SLUICE_ACTION_DROP = 2,
+	SLUICE_ACTION_DENY = 3,		/* drop, before any limit is touched */
+	SLUICE_ACTION_REPLY = 4		/* heartbeat; what is none goes to .lane */
+};
+
+/* What happens to a packet over its limit. */
+enum sluice_over {
+	SLUICE_OVER_DROP = 0,
+	SLUICE_OVER_DEMOTE = 1
+};
+
+/* struct sluice_lane.end */
+enum sluice_lane_end {
+	SLUICE_END_SOCKET = 0,		/* AF_XDP */
+	SLUICE_END_KERNEL = 1		/* counted and limited, then XDP_PASS */
+};
+
+/* struct sluice_policy.flags */
+#define SLUICE_POLICY_DROP_FRAGMENTS 1
+
+/*
+ * GCRA: a packet conforms while the theoretical arrival time is no more than
+ * burst_ns ahead of now; each conforming packet moves it by interval_ns.
+ * interval_ns 0: no limit.  A burst of n packets is burst_ns = (n - 1) *
+ * interval_ns.
+ */
+struct sluice_limit {
+	__u64 interval_ns;
+	__u64 burst_ns;
+};
+
+struct sluice_address {
+	__u32 word[4];			/* network order */
+};
+
+/* map "generation", array[1]: the only thing written to swap a policy */
+struct sluice_generation {
+	__u64 number;
+};
+
+struct sluice_lane {
+	struct sluice_limit limit;
+	__u8 end;			/* enum sluice_lane_end */
+	__u8 over;			/* enum sluice_over */
+	__u8 demote_lane;
+	__u8 reserved[5];
+};
+
+/* map "policies", array[SLUICE_BANKS] */
+struct sluice_policy {
+	__u32 flags;
+	__u8 stranger_bits_v4;		/* width of a stranger's prefix bucket */
+	__u8 stranger_bits_v6;
+	__u8 reserved[2];
+	struct sluice_lane lane[SLUICE_MAX_LANES];
+};
+
+/* map "ports", array[SLUICE_PORTS_SIZE]: bank * SLUICE_PORTS + port */
+struct sluice_port {
+	__u8 service;			/* 0: not ours */
+	__u8 patterns;			/* how many patterns the service has */
+	__u8 reserved[2];
+};
+
+/*
+ * width bytes (1, 2, 4 or 8) of the UDP payload at offset, read in network
+ * order, masked and compared.  A payload too short does not match.
+ */
+struct sluice_pattern {
+	__u64 mask;
+	__u64 value;
+	__u16 offset;
+	__u8 width;
+	__u8 kind;
+	__u8 reserved[4];
+};
+
+/* map "patterns", array[SLUICE_PATTERNS_SIZE]: bank * MAX_SERVICES + service */
+struct sluice_patterns {
+	struct sluice_pattern pattern[SLUICE_MAX_PATTERNS];
+};
+
+/*
+ * map "rules", array[SLUICE_RULES_SIZE]:
+ * ((bank * MAX_SERVICES + service) * MAX_CLASSES + class) * MAX_KINDS + kind
+ */
+struct sluice_rule {
+	__u8 action;			/* enum sluice_action */
+	__u8 lane;
+	__u8 over;			/* for the peer and prefix limits */
+	__u8 demote_lane;
+	__u8 reserved[4];
+	struct sluice_limit peer;
+	struct sluice_limit prefix;	/* strangers only, shared by their prefix */
+};
+
+/* maps "prefixes_0" and "prefixes_1", LPM tries, one per bank; IPv4 is /96 and up */
+struct sluice_prefix {
+	__u32 prefixlen;
+	struct sluice_address address;
+};
+
+struct sluice_prefix_class {
+	__u32 class_id;
+};
+
+/*
+ * maps "known" (hash: configured peers, never evicted) and "strangers" (LRU).
+ * class_stamp is generation << 8 | class, one word so that the two can never
+ * be torn apart; a stamp of another generation means: ask the trie again.
+ */
+struct sluice_peer {
+	__u64 tat_ns;			/* GCRA, theoretical arrival time */
+	__u64 class_stamp;
+	__u64 packets;
+	__u64 bytes;			/* of whole frames */
+	__u64 drops;
+	__u64 last_seen_ns;		/* CLOCK_MONOTONIC */
+	__u64 first_seen_ns;
+	__u32 id;			/* configured peer's number, 0: stranger */
+	__u32 reserved;
+};
+
+/* maps "lane_limits" array[SLUICE_MAX_LANES], "prefix_limits" array[SLUICE_PREFIX_BUCKETS] */
+struct sluice_bucket {
+	__u64 tat_ns;
+};
+
+struct sluice_count {
+	__u64 packets;
+	__u64 bytes;			/* of whole frames, without FCS */
+};
+
+/* map "counters", per-CPU array[1] */
+struct sluice_counters {
+	struct sluice_count seen;	/* every packet, at entry */
+	struct sluice_count lane_seen[SLUICE_MAX_LANES];	/* a rule chose the lane, before limits */
+	struct sluice_count verdict[SLUICE_VERDICTS_SIZE];	/* row * SLUICE_REASONS + reason */
+	__u64 demoted_from[SLUICE_MAX_LANES];
+	__u64 strangers_created;	/* minus those present: evicted */
+	__u64 strangers_refused;	/* the LRU had no slot to give */
+	__u64 metadata_refused;		/* driver without room for metadata */
+	__u64 limit_contended;		/* compare-and-swap lost too often, treated as over */
+};
+
+/*
+ * XDP metadata, directly below the packet in the frame.  cookie is drawn at
+ * load time; a frame without it carries no metadata.
+ */
+struct sluice_meta {
+	__u32 cookie;
+	__u32 peer;			/* struct sluice_peer.id */
+	__u64 time_ns;			/* CLOCK_MONOTONIC at program entry */
+	__u16 payload_offset;		/* from the start of the frame */
+	__u16 payload_length;
+	__u8 lane;
+	__u8 service;
+	__u8 kind;
+	__u8 class_id;
+};
+
+/*
+ * Heartbeat: the whole UDP payload of a probe and of its reply, network order
+ * where it matters to others (magic); the rest is the sender's own and comes
+ * back unchanged.  A reply differs in type alone and is never answered.
+ */
+#define SLUICE_HEARTBEAT_MAGIC 0x534c4842	/* "SLHB" */
+#define SLUICE_HEARTBEAT_PROBE 1
+#define SLUICE_HEARTBEAT_REPLY 2
+
+struct sluice_heartbeat {
+	__u32 magic;
+	__u8 type;
+	__u8 reserved[3];
+	__u64 sequence;
+	__u64 time_ns;
+	__u64 cookie;			/* the sender's: makes blind replies useless */
+};
+
+#endif /* SLUICE_ABI_H */
