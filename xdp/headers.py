@@ -285,7 +285,8 @@ def _unpack(target: Path, archive: Path) -> None:
                 inside = (target / member.name).resolve().is_relative_to(target.resolve())
                 if not inside or not (member.isfile() or member.isdir() or _harmless_link(member)):
                     raise UnsupportedError(
-                        f"{archive} holds an entry that headers have no use for: {member.name}", hint=INSTALL_HINT
+                        f"{archive} holds an entry that headers have no use for: {member.name}",
+                        hint=INSTALL_HINT,
                     )
                 member.uid = member.gid = os.geteuid()
                 member.mode &= 0o755
@@ -295,5 +296,6 @@ def _unpack(target: Path, archive: Path) -> None:
 
 
 def _harmless_link(member: tarfile.TarInfo) -> bool:
-    return member.issym() and not Path(member.linkname).is_absolute() and ".." not in Path(member.linkname).parts
-
+    return (
+        member.issym() and not Path(member.linkname).is_absolute() and ".." not in Path(member.linkname).parts
+    )
