@@ -302,11 +302,11 @@ class UnionCodec(StructCodec):
             together |= int.from_bytes(image, "little")
         if not images:
             return
-        merged = bytearray(together.to_bytes(self.size, "little"))
-        for field, image in images:
+        merged = together.to_bytes(self.size, "little")
+        for field, expected in images:
             again = bytearray(self.size)
             field.codec.encode(field.codec.decode(memoryview(merged)), memoryview(again), path)
-            if again != image:
+            if bytes(again) != expected:
                 raise RangeError(f"{path}: {field.name} contradicts another reading of the same bytes; give only one")
         raw[: self.size] = merged
 
