@@ -1,0 +1,399 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packets received together: columns over one data area, views on demand.
+
+A :class:`Batch` holds buffers that its backend wants back.  Whatever was taken
+out of it (a column, a packet's view) stops working when it is given back: using
+it afterwards raises ValueError, it never shows another packet.  What cannot be
+stopped (a slice of a view, an array made on top of it) makes ``release`` raise
+BufferError, and the batch stays held.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import warnings
+import weakref
+from collections.abc import Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+
+from userspace.native._native import ffi, lib
+from xdp.errors import UsageError
+
+if TYPE_CHECKING:
+    from userspace.native._native import CData
+
+Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+# Where to look for what is still alive: what it is, the view, its exporter.
+_Export: TypeAlias = tuple[int | str, memoryview, weakref.ref[object]]
+
+# Of struct sl_batch: element size in bytes and struct format of what Python sees.
+_Code: TypeAlias = Literal["B", "I", "Q"]
+_FORMATS: dict[str, tuple[int, _Code]] = {
+    "offsets": (4, "I"),
+    "lengths": (4, "I"),
+    "peers": (4, "I"),
+    "times": (8, "Q"),
+    "gathered": (8, "Q"),
+    "lanes": (1, "B"),
+    "kinds": (1, "B"),
+    "classes": (1, "B"),
+    "services": (1, "B"),
+    "sources": (1, "B"),
+}
+
+SOURCE_SIZE: int = ffi.sizeof("struct sl_source")
+
+
+class BatchBackend(Protocol):
+    """What a batch needs of whoever filled it.  ``memory`` is a ``struct sl_batch *``."""
+
+    def fill_columns(self, memory: CData) -> None:
+        """Make all columns but ``sources`` true; called once, when the first is asked for."""
+
+    def fill_sources(self, memory: CData) -> None:
+        """Make ``sources`` true; called once, when the first is asked for."""
+
+    def take_back(self, memory: CData) -> None:
+        """The batch is done with; raises when the buffers are not what was handed out."""
+
+    def abandon(self, abandoned: Abandoned) -> None:
+        """A batch was garbage collected without being released.
+
+        Called from any thread at any time: only put it on a list, and try
+        ``abandoned.reclaim()`` at the next receive.
+        """
+
+
+class Abandoned:
+    """What is left of a batch that nobody released."""
+
+    __slots__ = ("_backend", "_exports", "_memory")
+
+    def __init__(self, backend: BatchBackend, memory: CData, exports: list[_Export]) -> None:
+        self._backend = backend
+        self._memory = memory
+        self._exports = exports
+
+    def reclaim(self) -> bool:
+        """Give the buffers back if nobody can see them any more; True when done."""
+        if _still_seen(self._exports) is not None:
+            return False
+        self._backend.take_back(self._memory)
+        return True
+
+
+def _still_seen(exports: list[_Export]) -> int | str | None:
+    """Release all views; the first one that others still look through, or None."""
+    seen: int | str | None = None
+    for what, view, exporter in exports:
+        try:
+            view.release()
+        except BufferError:  # an array or another exporter was made of the view itself
+            seen = what if seen is None else seen
+            continue
+        if exporter() is not None:  # slices and casts keep the exporter, not the view
+            seen = what if seen is None else seen
+    return seen
+
+
+class Batch:
+    """Packets received together, highest lane first.
+
+    Columns are read-only memoryviews with one entry per packet:
+
+    ============ === ==================================================================
+    ``offsets``   I  where the payload begins in ``data``, bytes
+    ``lengths``   I  of the payload, bytes
+    ``lanes``     B  0 is the highest
+    ``kinds``     B  number of the payload kind in its service, 0: no pattern matched
+    ``classes``   B  of the sender, 0: in nobody's prefix
+    ``services``  B  of the destination port, 0: unknown
+    ``peers``     I  number of the configured peer, 0: stranger
+    ``times``     Q  when the XDP program (or the kernel) saw it, ns of CLOCK_MONOTONIC;
+                     where nobody said: when it was received
+    ============ === ==================================================================
+
+    ``batch[i]`` is a writable memoryview of a payload, made when asked for.
+    ``len(batch)`` may be 0: the timeout passed.  Belongs to one thread.
+    """
+
+    __slots__ = ("_backend", "_columns", "_count", "_exports", "_memory")
+
+    def __init__(self, backend: BatchBackend, memory: CData | None, count: int) -> None:
+        self._backend = backend
+        # None: nothing to give back, because empty or because it was given back.
+        self._memory: CData | None = memory
+        self._count = count  # -1: given back
+        self._columns: dict[str, memoryview] | None = None
+        self._exports: list[_Export] | None = None
+
+    def __len__(self) -> int:
+        if self._count < 0:
+            raise self._gone()
+        return self._count
+
+    def __bool__(self) -> bool:
+        return len(self) > 0
+
+    def __repr__(self) -> str:
+        return "<Batch, given back>" if self._count < 0 else f"<Batch of {self._count}>"
+
+    @staticmethod
+    def _gone() -> ValueError:
+        return ValueError("this batch was given back; use what you need of it before release()")
+
+    @property
+    def released(self) -> bool:
+        """Whether the batch was given back."""
+        return self._count < 0
+
+    @property
+    def memory(self) -> CData:
+        """The ``struct sl_batch *``, columns filled, for C code; valid until release.
+
+        Raises ValueError when the batch was given back or is empty.
+        """
+        return self._filled()
+
+    def _filled(self) -> CData:
+        memory = self._memory
+        if memory is None:
+            raise self._gone() if self._count < 0 else ValueError("the batch is empty")
+        if not memory.columns_ready:
+            self._backend.fill_columns(memory)
+        return memory
+
+    def _export(self, what: int | str, pointer: CData, size: int) -> memoryview:
+        buffer = ffi.buffer(pointer, size)
+        view = memoryview(buffer)
+        if self._exports is None:
+            self._exports = []
+        self._exports.append((what, view, weakref.ref(buffer)))
+        return view
+
+    def _column(self, name: str) -> memoryview:
+        columns = self._columns
+        if columns is None:
+            columns = self._columns = {}
+        else:
+            view = columns.get(name)
+            if view is not None:
+                return view
+        size, code = _FORMATS[name]
+        if self._count == 0:
+            return memoryview(b"").cast(code)
+        view = self._export(name, getattr(self._filled(), name), self._count * size)
+        columns[name] = column = self._readonly(name, view, code)
+        return column
+
+    def _readonly(self, what: str, view: memoryview, code: _Code) -> memoryview:
+        """A typed, read-only face of ``view``, under the same watch."""
+        exports = self._exports
+        assert exports is not None
+        typed = view.cast(code) if code != "B" else view
+        column = typed.toreadonly()
+        exporter = exports.pop()[2]
+        for part in (view, typed):
+            part.release()
+        exports.append((what, column, exporter))
+        return column
+
+    @property
+    def offsets(self) -> memoryview:
+        """Where each payload begins in ``data``, bytes, format I."""
+        return self._column("offsets")
+
+    @property
+    def lengths(self) -> memoryview:
+        """Bytes of each payload, format I."""
+        return self._column("lengths")
+
+    @property
+    def lanes(self) -> memoryview:
+        """Lane of each packet, format B."""
+        return self._column("lanes")
+
+    @property
+    def kinds(self) -> memoryview:
+        """Payload kind of each packet, format B."""
+        return self._column("kinds")
+
+    @property
+    def classes(self) -> memoryview:
+        """Class of each sender, format B."""
+        return self._column("classes")
+
+    @property
+    def services(self) -> memoryview:
+        """Service of each packet, format B."""
+        return self._column("services")
+
+    @property
+    def peers(self) -> memoryview:
+        """Number of each configured peer, 0: stranger, format I."""
+        return self._column("peers")
+
+    @property
+    def times(self) -> memoryview:
+        """Arrival of each packet, ns of CLOCK_MONOTONIC, format Q."""
+        return self._column("times")
+
+    @property
+    def sources(self) -> memoryview:
+        """Packed ``struct sl_source`` (native/batch.h), SOURCE_SIZE bytes each, format B.
+
+        16 bytes address in network order (IPv4 mapped), u32 scope, u16 port in
+        host order, u8 family (4, 6, 0: unknown), u8 reserved.
+        """
+        if self._count == 0:
+            return memoryview(b"")
+        columns = self._columns
+        if columns is not None and "sources" in columns:
+            return columns["sources"]
+        memory = self._sourced()
+        view = self._export("sources", memory.sources, self._count * SOURCE_SIZE)
+        if self._columns is None:
+            self._columns = {}
+        self._columns["sources"] = column = self._readonly("sources", view, "B")
+        return column
+
+    def _sourced(self) -> CData:
+        memory = self._filled()
+        if not memory.sources_ready:
+            self._backend.fill_sources(memory)
+        return memory
+
+    def source(self, index: int) -> tuple[Address, int]:
+        """Sender's address and port of one packet; an object each time, not for every packet.
+
+        Raises ValueError where the packet's headers do not tell.
+        """
+        index = self._index(index)
+        source = self._sourced().sources[index]
+        packed = bytes(source.address)
+        if source.family == 4:
+            return ipaddress.IPv4Address(packed[12:]), source.port
+        if source.family == 6:
+            address = ipaddress.IPv6Address(packed)
+            if source.scope:
+                address = ipaddress.IPv6Address(f"{address}%{source.scope}")
+            return address, source.port
+        raise ValueError(f"packet {index} has no IP and UDP header that could be read")
+
+    @property
+    def data(self) -> memoryview:
+        """The whole area that ``offsets`` count from, format B.
+
+        For C and array libraries.  It reaches beyond this batch's packets; only
+        ``offsets[i]`` to ``offsets[i] + lengths[i]`` is yours.
+        """
+        if self._count == 0:
+            return memoryview(b"")
+        columns = self._columns
+        if columns is not None and "data" in columns:
+            return columns["data"]
+        memory = self._filled()
+        view = self._export("data", memory.data, memory.data_size)
+        if self._columns is None:
+            self._columns = {}
+        self._columns["data"] = view
+        return view
+
+    def gather(self, offset: int, width: int = 8) -> memoryview:
+        """``width`` bytes (1 to 8) at ``offset`` of every payload, as numbers, format Q.
+
+        Read in network order; 0 where the payload is too short.  One pass in C,
+        for the fields that a protocol dispatches on.  The next call overwrites
+        the result.  Raises UsageError for another width or a negative offset.
+        """
+        if not 1 <= width <= 8 or not 0 <= offset < 1 << 31:
+            raise UsageError(f"gather({offset}, {width}): width is 1 to 8 bytes and offset not negative")
+        if self._count == 0:
+            return memoryview(b"").cast("Q")
+        lib.sl_batch_gather(self._filled(), offset, width)
+        return self._column("gathered")
+
+    def _index(self, index: int) -> int:
+        count = len(self)
+        if not -count <= index < count:
+            raise IndexError(f"packet {index} of a batch of {count}")
+        return index % count
+
+    def __getitem__(self, index: int) -> memoryview:
+        index = self._index(index)
+        memory = self._memory
+        if memory is None or not memory.columns_ready:
+            memory = self._filled()
+        return self._export(index, memory.data + memory.offsets[index], memory.lengths[index])
+
+    def __iter__(self) -> Iterator[memoryview]:
+        for index in range(len(self)):
+            yield self[index]
+
+    def release(self) -> None:
+        """Give the buffers back.
+
+        Raises ValueError when that was done before, and BufferError, naming the
+        packet, when a slice of a view or an array on top of it still exists; the
+        batch stays held then, and release may be called again.
+        """
+        if self._count < 0:
+            raise self._gone()
+        self.detach()
+        memory, self._memory = self._memory, None
+        self._count = -1
+        if memory is not None:
+            self._backend.take_back(memory)
+
+    def detach(self) -> None:
+        """Release all views and columns, as release does, but keep the buffers.
+
+        For backends that do something else with the buffers than take them back
+        (send them, say).  Raises as :meth:`release` does.
+        """
+        exports = self._exports
+        self._columns = None
+        if exports:
+            seen = _still_seen(exports)
+            if seen is not None:
+                what = f"packet {seen}" if isinstance(seen, int) else f"column {seen!r}"
+                raise BufferError(
+                    f"{what} of this batch is still in use (a slice or an array made of its view); "
+                    "copy what must outlive the batch with bytes()"
+                )
+            exports.clear()
+
+    def surrender(self) -> CData | None:
+        """Hand the memory to a backend that disposes of it itself; the batch is then released."""
+        if self._count < 0:
+            raise self._gone()
+        self.detach()
+        memory, self._memory = self._memory, None
+        self._count = -1
+        return memory
+
+    def __enter__(self) -> Batch:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._count >= 0:
+            self.release()
+
+    def __del__(self) -> None:
+        memory = getattr(self, "_memory", None)
+        if memory is None:
+            return
+        warnings.warn(
+            f"a batch of {self._count} was never released; use it in a with statement",
+            ResourceWarning,
+            source=self,
+            stacklevel=2,
+        )
+        self._backend.abandon(Abandoned(self._backend, memory, self._exports or []))
