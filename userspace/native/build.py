@@ -30,6 +30,7 @@ PARTS = (
     "checksum",
     "tables",
     "classify",
+    "mmsg",
 )
 
 # cffi's parser knows the types of stdint.h but not the kernel's.

@@ -1,0 +1,345 @@
+// SPDX-License-Identifier: Apache-2.0
+#define _GNU_SOURCE
+#include "mmsg_state.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define NO_SOCKET UINT32_MAX /* epoll data of the event descriptor */
+/* Offsets in the area are 32 bits. */
+#define AREA_MAX (1ULL << 32)
+
+static bool options_fit(const struct sl_mmsg_options *o, uint64_t *small, uint64_t *large)
+{
+	uint64_t lanes = 0;
+
+	*small = SL_MMSG_BURST;
+	for (int i = 0; i < SLUICE_MAX_LANES; i++) {
+		*small += o->quota[i];
+		lanes += o->quota[i] > 0;
+		if (o->share[i] > SL_MMSG_SHARE_ONE)
+			return false;
+	}
+	/* One large frame more than the lanes may keep: the one that is being joined. */
+	*large = o->large_frames ? lanes * o->large_frames + 1 : 0;
+	return o->frame_size >= 64 && o->frame_size <= SL_MMSG_LARGE_FRAME && o->drain >= 1 &&
+	       *small * o->frame_size + (*large + SL_MMSG_BURST) * SL_MMSG_LARGE_FRAME < AREA_MAX;
+}
+
+static int make_frames(struct sl_mmsg *m, uint32_t small, uint32_t large)
+{
+	uint64_t frames_size =
+		(uint64_t)small * m->options.frame_size + (uint64_t)large * SL_MMSG_LARGE_FRAME;
+	uint32_t rest = SL_MMSG_LARGE_FRAME - m->options.frame_size;
+
+	m->small_frames = small;
+	m->frames = small + large;
+	m->area_size = frames_size + (large ? (uint64_t)rest * SL_MMSG_BURST : 0);
+	m->area = mmap(NULL, m->area_size, PROT_READ | PROT_WRITE,
+		       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (m->area == MAP_FAILED) {
+		m->area = NULL;
+		return ENOMEM;
+	}
+	m->spill = m->area + frames_size;
+	m->frame = calloc(m->frames, sizeof(*m->frame));
+	m->free_small = calloc(small, sizeof(uint32_t));
+	m->free_large = calloc(large + 1, sizeof(uint32_t));
+	if (!m->frame || !m->free_small || !m->free_large)
+		return ENOMEM;
+	for (int i = 0; i < SLUICE_MAX_LANES; i++) {
+		struct sl_lane *lane = &m->lane[i];
+
+		lane->capacity =
+			m->options.quota[i] + (m->options.quota[i] ? m->options.large_frames : 0);
+		lane->ring = calloc(lane->capacity + 1, sizeof(uint32_t));
+		if (!lane->ring)
+			return ENOMEM;
+	}
+	/* Stacks, so that the frame used last, still in the cache, is used next. */
+	for (uint32_t i = m->frames; i-- > 0;)
+		sl_put_free(m, i);
+	for (uint32_t i = 0; i < SL_MMSG_BURST; i++) {
+		struct msghdr *h = &m->header[i].msg_hdr;
+
+		sl_fill_slot(m, i);
+		m->payload[i][0].iov_len = m->options.frame_size;
+		m->payload[i][1].iov_base = m->spill + (uint64_t)i * rest;
+		m->payload[i][1].iov_len = rest;
+		h->msg_name = &m->name[i];
+		h->msg_namelen = sizeof(m->name[i]);
+		h->msg_iov = m->payload[i];
+		h->msg_iovlen = large && rest ? 2 : 1;
+	}
+	return 0;
+}
+
+struct sl_mmsg *sl_mmsg_new(const struct sl_mmsg_options *options, struct sl_classifier *classifier,
+			    int *error)
+{
+	struct epoll_event wake = { .events = EPOLLIN, .data.u32 = NO_SOCKET };
+	uint64_t small, large;
+	struct sl_mmsg *m;
+
+	*error = EINVAL;
+	if (!options_fit(options, &small, &large))
+		return NULL;
+	*error = ENOMEM;
+	m = calloc(1, sizeof(*m));
+	if (!m)
+		return NULL;
+	m->options = *options;
+	m->classifier = classifier;
+	m->event = -1;
+	m->epoll = epoll_create1(EPOLL_CLOEXEC);
+	if (m->epoll >= 0)
+		m->event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	if (m->event < 0 || epoll_ctl(m->epoll, EPOLL_CTL_ADD, m->event, &wake))
+		*error = errno;
+	else
+		*error = make_frames(m, small, large);
+	if (*error) {
+		sl_mmsg_free(m);
+		return NULL;
+	}
+	return m;
+}
+
+void sl_mmsg_free(struct sl_mmsg *m)
+{
+	if (!m)
+		return;
+	for (int i = 0; i < SLUICE_MAX_LANES; i++)
+		free(m->lane[i].ring);
+	free(m->frame);
+	free(m->free_small);
+	free(m->free_large);
+	if (m->area)
+		munmap(m->area, m->area_size);
+	if (m->event >= 0)
+		close(m->event);
+	if (m->epoll >= 0)
+		close(m->epoll);
+	free(m);
+}
+
+uint8_t *sl_mmsg_area(const struct sl_mmsg *m)
+{
+	return m->area;
+}
+
+uint64_t sl_mmsg_area_size(const struct sl_mmsg *m)
+{
+	return m->area_size;
+}
+
+int sl_mmsg_fileno(const struct sl_mmsg *m)
+{
+	return m->epoll;
+}
+
+int sl_mmsg_add(struct sl_mmsg *m, int fd, uint16_t port)
+{
+	struct epoll_event readable = { .events = EPOLLIN, .data.u32 = m->sockets };
+	int on = 1;
+
+	if (m->sockets == SL_MMSG_SOCKETS)
+		return -ENOSPC;
+	if (setsockopt(fd, SOL_SOCKET, SO_RXQ_OVFL, &on, sizeof(on)))
+		return -errno;
+	if (epoll_ctl(m->epoll, EPOLL_CTL_ADD, fd, &readable))
+		return -errno;
+	m->socket[m->sockets++] = (struct sl_socket){ .fd = fd, .port = port };
+	return 0;
+}
+
+int sl_mmsg_remove(struct sl_mmsg *m, int fd)
+{
+	struct epoll_event moved = { .events = EPOLLIN };
+	uint32_t i = 0;
+
+	while (i < m->sockets && m->socket[i].fd != fd)
+		i++;
+	if (i == m->sockets)
+		return -ENOENT;
+	epoll_ctl(m->epoll, EPOLL_CTL_DEL, fd,
+		  NULL); /* gone already when the descriptor was closed */
+	m->socket[i] = m->socket[--m->sockets];
+	moved.data.u32 = i;
+	if (i < m->sockets && epoll_ctl(m->epoll, EPOLL_CTL_MOD, m->socket[i].fd, &moved))
+		return -errno;
+	return 0;
+}
+
+/* Reads what one receive call may read; see sl_mmsg_receive.  How many, or -errno. */
+static int pump(struct sl_mmsg *m, uint32_t maximum, uint32_t budget)
+{
+	uint64_t limit = (uint64_t)maximum * m->options.drain;
+	int n, more;
+
+	if (budget && budget < maximum)
+		maximum = budget;
+	if (budget && budget < limit)
+		limit = budget;
+	m->overflowing = false;
+	n = sl_mmsg_read_sockets(m, maximum);
+	if (n == (int)maximum && m->overflowing && limit > maximum) {
+		more = sl_mmsg_read_sockets(m, limit - maximum);
+		n = more < 0 ? more : n + more;
+	}
+	return n;
+}
+
+/* How many of each lane go into a batch of at most maximum. */
+static void share_out(struct sl_mmsg *m, uint32_t maximum, uint32_t *counts)
+{
+	uint32_t left = maximum;
+
+	for (int i = 0; i < SLUICE_MAX_LANES; i++) {
+		struct sl_lane *lane = &m->lane[i];
+		uint64_t due;
+
+		counts[i] = 0;
+		if (!lane->count) {
+			lane->credit = 0; /* a share is not saved up */
+			continue;
+		}
+		lane->credit += (uint64_t)m->options.share[i] * maximum;
+		due = lane->credit / SL_MMSG_SHARE_ONE;
+		due = due < lane->count ? due : lane->count;
+		counts[i] = due < left ? due : left;
+		lane->credit -= (uint64_t)counts[i] * SL_MMSG_SHARE_ONE;
+		left -= counts[i];
+	}
+	for (int i = 0; i < SLUICE_MAX_LANES && left; i++) {
+		uint32_t more = m->lane[i].count - counts[i];
+
+		more = more < left ? more : left;
+		counts[i] += more;
+		left -= more;
+	}
+}
+
+static void hand_out(struct sl_mmsg *m, struct sl_batch *b, uint32_t maximum)
+{
+	uint32_t counts[SLUICE_MAX_LANES];
+
+	share_out(m, maximum, counts);
+	for (int l = 0; l < SLUICE_MAX_LANES; l++) {
+		struct sl_lane *lane = &m->lane[l];
+
+		for (uint32_t k = 0; k < counts[l]; k++) {
+			uint32_t index = lane->ring[lane->head], i = b->count++;
+			struct sl_frame *frame = &m->frame[index];
+
+			lane->head = lane->head + 1 == lane->capacity ? 0 : lane->head + 1;
+			frame->place = SL_HELD;
+			b->offsets[i] = sl_offset_of(m, index);
+			b->lengths[i] = frame->length;
+			b->lanes[i] = frame->lane;
+			b->kinds[i] = frame->kind;
+			b->classes[i] = frame->class_id;
+			b->services[i] = frame->service;
+			b->peers[i] = frame->peer;
+			b->times[i] = frame->time_ns;
+			b->sources[i] = frame->source;
+			b->addresses[i] = index;
+		}
+		lane->count -= counts[l];
+		m->queued -= counts[l];
+		m->statistics.lane_delivered[l] += counts[l];
+	}
+	m->statistics.delivered += b->count;
+	b->columns_ready = b->sources_ready = 1;
+}
+
+/* The event descriptor is readable exactly while datagrams are queued. */
+static void signal_queued(struct sl_mmsg *m)
+{
+	uint64_t one = 1;
+	bool queued = m->queued > 0;
+
+	if (queued != m->signalled && (queued ? write(m->event, &one, sizeof(one)) :
+						read(m->event, &one, sizeof(one))) == sizeof(one))
+		m->signalled = queued;
+}
+
+int sl_mmsg_receive(struct sl_mmsg *m, struct sl_batch *batch, uint32_t maximum, uint32_t budget,
+		    int timeout_ms)
+{
+	uint64_t start = timeout_ms > 0 ? sl_now_ns() : 0;
+	struct epoll_event ready;
+
+	batch->count = 0;
+	batch->data = m->area;
+	batch->data_size = m->area_size;
+	if (maximum > batch->capacity)
+		maximum = batch->capacity;
+	for (;;) {
+		int left = timeout_ms, n = pump(m, maximum, budget);
+
+		if (n < 0)
+			return n;
+		if (m->queued || !timeout_ms)
+			break;
+		/* All were dropped.  Under a flood that may last, and signals must get through. */
+		if (n > 0)
+			return -EAGAIN;
+		if (timeout_ms > 0) {
+			uint64_t waited = (sl_now_ns() - start) / 1000000;
+
+			if (waited >= (uint64_t)timeout_ms)
+				break;
+			left -= waited;
+		}
+		if (epoll_wait(m->epoll, &ready, 1, left) < 0)
+			return -errno;
+	}
+	hand_out(m, batch, maximum);
+	signal_queued(m);
+	batch->received_ns = sl_now_ns();
+	return batch->count;
+}
+
+uint32_t sl_mmsg_release(struct sl_mmsg *m, struct sl_batch *batch)
+{
+	uint32_t released = 0;
+
+	for (uint32_t i = 0; i < batch->count; i++) {
+		uint64_t index = batch->addresses[i];
+		struct sl_lane *lane;
+
+		if (index >= m->frames || m->frame[index].place != SL_HELD)
+			continue;
+		lane = &m->lane[m->frame[index].lane];
+		if (sl_is_large(m, index))
+			lane->large--;
+		else
+			lane->small--;
+		sl_put_free(m, index);
+		released++;
+	}
+	batch->count = 0;
+	return released;
+}
+
+void sl_mmsg_read_statistics(struct sl_mmsg *m, struct sl_mmsg_statistics *statistics)
+{
+	*statistics = m->statistics;
+	for (int i = 0; i < SLUICE_MAX_LANES; i++) {
+		statistics->queued[i] = m->lane[i].count;
+		statistics->held[i] = m->lane[i].small + m->lane[i].large - m->lane[i].count;
+	}
+}
+
+void sl_mmsg_census(const struct sl_mmsg *m, uint32_t *counts)
+{
+	memset(counts, 0, SL_PLACES * sizeof(*counts));
+	for (uint32_t i = 0; i < m->frames; i++)
+		counts[m->frame[i].place]++;
+}

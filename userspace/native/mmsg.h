@@ -1,0 +1,149 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Kernel UDP sockets read and written many datagrams per system call
+ * (recvmmsg(2), sendmmsg(2)), with the lanes of the policy behind them.
+ *
+ * Receiving.  One area holds all frames.  A frame is in exactly one place:
+ *
+ *   free -> slot (offered to recvmmsg) -> queued in a lane -> held by the
+ *   application -> free
+ *
+ * and goes back to free at once when its datagram is dropped.  Each lane owns a
+ * quota, queued and held together, so a lane that nobody reads fills up, drops
+ * (counted as lane_full) and costs the others nothing; sockets are always read
+ * on.  Frames are small; the rest of a datagram that is longer goes to a spill
+ * area and both parts are then joined in one of a few large frames, of which
+ * each lane has a number of its own too.  Whatever happens:
+ *
+ *   received = delivered + queued + replied + reply_failed + discarded by the
+ *              classifier + truncated + no_large_frame + lane_full
+ *
+ * MSG_WAITFORONE and the timeout of recvmmsg are not used: the timeout is only
+ * looked at after a datagram arrived (recvmmsg(2), BUGS), so a call could last
+ * for ever.  sl_mmsg_receive waits in epoll instead and reads without blocking.
+ *
+ * Time of arrival is CLOCK_MONOTONIC when recvmmsg returned: the same for the
+ * datagrams of one call, later than the real arrival by the wait in the socket
+ * buffer.
+ *
+ * One thread owns a struct sl_mmsg and the classifier given to it.
+ */
+#ifndef SL_MMSG_H
+#define SL_MMSG_H
+
+#include <stdint.h>
+
+#include "abi.h"
+#include "batch.h"
+#include "classify.h"
+
+/* cffi: begin */
+
+#define SL_MMSG_BURST 64 /* datagrams of one recvmmsg or sendmmsg call */
+#define SL_MMSG_SOCKETS 1024
+#define SL_MMSG_LARGE_FRAME 65536 /* any UDP payload (RFC 768: 65,527 bytes and less) */
+#define SL_MMSG_SHARE_ONE 65536   /* share[] in 1/65536 of what one call hands out */
+
+struct sl_mmsg_options {
+	uint32_t frame_size;   /* bytes, 64 to SL_MMSG_LARGE_FRAME */
+	uint32_t large_frames; /* of each lane; 0: longer than a frame is dropped as truncated */
+	uint32_t drain;        /* times maximum read per call while a socket overflows, >= 1 */
+	uint32_t quota[SLUICE_MAX_LANES]; /* frames, queued and held together */
+	uint32_t share[SLUICE_MAX_LANES]; /* guaranteed to the lane when it has that much */
+};
+
+struct sl_mmsg_statistics {
+	uint64_t received;       /* datagrams that recvmmsg returned */
+	uint64_t delivered;      /* handed to the application */
+	uint64_t replied;        /* heartbeats answered */
+	uint64_t reply_failed;   /* heartbeats whose answer the kernel refused */
+	uint64_t discarded;      /* the classifier gave no lane: see its counters */
+	uint64_t truncated;      /* longer than a frame, and large frames are off */
+	uint64_t no_large_frame; /* longer than a frame, and all large ones of its lane are in use */
+	uint64_t overflowed;     /* lost in full socket buffers, never received (SO_RXQ_OVFL) */
+	uint64_t errors;         /* pending socket errors taken by recvmmsg (ICMP) */
+	uint64_t calls;          /* of recvmmsg that returned datagrams */
+	uint64_t lane_full[SLUICE_MAX_LANES];
+	uint64_t lane_delivered[SLUICE_MAX_LANES];
+	uint32_t queued[SLUICE_MAX_LANES];
+	uint32_t held[SLUICE_MAX_LANES];
+};
+
+struct sl_mmsg;
+
+/*
+ * The classifier stays the caller's and must outlive it.  NULL with *error =
+ * EINVAL (an option out of range), ENOMEM or epoll's errno.
+ */
+struct sl_mmsg *sl_mmsg_new(const struct sl_mmsg_options *options, struct sl_classifier *classifier,
+			    int *error);
+void sl_mmsg_free(struct sl_mmsg *m);
+uint8_t *sl_mmsg_area(const struct sl_mmsg *m);
+uint64_t sl_mmsg_area_size(const struct sl_mmsg *m);
+/*
+ * Adds a bound UDP socket (it stays the caller's), whose datagrams are
+ * classified as sent to port.  0 or -errno.
+ */
+int sl_mmsg_add(struct sl_mmsg *m, int fd, uint16_t port);
+int sl_mmsg_remove(struct sl_mmsg *m, int fd);
+/* Readable (epoll, poll, select) while a receive would return at once. */
+int sl_mmsg_fileno(const struct sl_mmsg *m);
+/*
+ * Fills the batch, with at most maximum datagrams, highest lane first, after reading as many
+ * from the sockets, or drain times as many while a socket overflows: what is in
+ * a high lane must not be lost behind a flood that is not read fast enough.
+ * budget bounds the reading further, 0: it does not.  Waits timeout_ms for the
+ * first one; 0: does not wait, -1: for ever.  Returns how many; 0 on timeout; -EINTR when a
+ * signal came first, -EAGAIN when datagrams came but all were dropped: call again
+ * for the rest of the time; another -errno when a socket is no longer usable.  All
+ * columns are ready then; batch->addresses is taken.
+ */
+int sl_mmsg_receive(struct sl_mmsg *m, struct sl_batch *batch, uint32_t maximum, uint32_t budget,
+		    int timeout_ms);
+/*
+ * Gives the frames of a batch back and empties it.  Returns how many; fewer
+ * than batch->count when one of them was not held by the application.
+ */
+uint32_t sl_mmsg_release(struct sl_mmsg *m, struct sl_batch *batch);
+void sl_mmsg_read_statistics(struct sl_mmsg *m, struct sl_mmsg_statistics *statistics);
+/* Frames in each place: free, slot, queued, held; their sum never changes. */
+void sl_mmsg_census(const struct sl_mmsg *m, uint32_t *counts);
+
+/*
+ * What to send: payload i is base + offset[i] with length[i] bytes; offset NULL:
+ * one behind the other.  With destinations 1 all go to destination[0];
+ * otherwise each to its own.
+ */
+struct sl_outgoing {
+	const uint8_t *base;
+	const uint32_t *offset;
+	const uint32_t *length;
+	const struct sl_source *destination;
+	uint32_t count;
+	uint32_t destinations;
+};
+
+struct sl_send_result {
+	uint32_t sent;
+	uint32_t failed;       /* skipped */
+	uint32_t next;         /* datagrams before it are sent or failed; == count: done */
+	uint32_t asynchronous; /* ICMP errors of earlier datagrams, taken on the way */
+	int32_t stopped;       /* 0, or why next is not count: EINTR, EAGAIN, ENOBUFS, EBADF, ... */
+};
+
+/*
+ * Sends from datagram result->next on.  One that the kernel refuses (EMSGSIZE,
+ * EPERM, ENETUNREACH, ...) is skipped, its index and errno go to
+ * failed_index[], failed_errno[] (room for count each), the rest goes out.  An
+ * error that belongs to an earlier datagram (ECONNREFUSED and the like, pending
+ * on the socket) does not stop or skip anything.  A full socket buffer or
+ * device queue is waited for, timeout_ms in all.  The socket's family decides
+ * how addresses are written; an IPv6 destination on an IPv4 socket fails with
+ * EAFNOSUPPORT.
+ */
+void sl_mmsg_send(int fd, const struct sl_outgoing *out, int timeout_ms, uint32_t *failed_index,
+		  int32_t *failed_errno, struct sl_send_result *result);
+
+/* cffi: end */
+
+#endif /* SL_MMSG_H */

@@ -1,0 +1,242 @@
+// SPDX-License-Identifier: Apache-2.0
+#define _GNU_SOURCE
+#include "mmsg_state.h"
+
+#include <arpa/inet.h>
+#include <errno.h>
+#include <string.h>
+#include <sys/epoll.h>
+
+#define READY 64 /* sockets served per look at epoll; the kernel rotates them */
+/* Pending errors of one socket taken in one call; more wait for the next. */
+#define ERRORS_PER_CALL 16
+
+/* Answers the k probes, which are given as positions in the columns. */
+static void reply(struct sl_mmsg *m, const struct sl_socket *s, const uint32_t *which, uint32_t k)
+{
+	uint32_t offset[SL_MMSG_BURST], length[SL_MMSG_BURST], failed[SL_MMSG_BURST];
+	struct sl_source to[SL_MMSG_BURST];
+	struct sl_send_result result = { 0 };
+	int32_t errors[SL_MMSG_BURST];
+	struct sl_outgoing out = { m->area, offset, length, to, k, k };
+
+	for (uint32_t i = 0; i < k; i++) {
+		offset[i] = m->offset[which[i]];
+		length[i] = m->length[which[i]];
+		to[i] = m->source[which[i]];
+		sl_heartbeat_reply(m->area + offset[i]);
+	}
+	sl_mmsg_send(s->fd, &out, 0, failed, errors, &result);
+	m->statistics.replied += result.sent;
+	m->statistics.reply_failed += k - result.sent;
+}
+
+/* Into its lane's queue, or false: the quota is used up. */
+static bool enqueue(struct sl_mmsg *m, uint32_t i, uint64_t now)
+{
+	struct sl_lane *lane = &m->lane[m->lane_of[i]];
+	uint32_t index = m->index[i], at;
+
+	if (sl_is_large(m, index)) {
+		if (lane->large == m->options.large_frames || !lane->capacity) {
+			m->statistics.no_large_frame++;
+			return false;
+		}
+		lane->large++;
+	} else {
+		if (lane->small == m->options.quota[m->lane_of[i]]) {
+			m->statistics.lane_full[m->lane_of[i]]++;
+			return false;
+		}
+		lane->small++;
+	}
+	m->frame[index] = (struct sl_frame){
+		.time_ns = now,
+		.source = m->source[i],
+		.length = m->length[i],
+		.peer = m->peer[i],
+		.lane = m->lane_of[i],
+		.kind = m->kind[i],
+		.class_id = m->class_id[i],
+		.service = m->service[i],
+		.place = SL_QUEUED,
+	};
+	at = lane->head + lane->count++;
+	lane->ring[at >= lane->capacity ? at - lane->capacity : at] = index;
+	m->queued++;
+	return true;
+}
+
+/* Classifies the first k entries of the columns and puts each frame where it belongs. */
+static void sort_out(struct sl_mmsg *m, const struct sl_socket *s, uint32_t k, uint64_t now)
+{
+	struct sl_datagrams d = {
+		m->area,    m->offset,  m->length,   m->address, m->to,   m->reason,
+		m->lane_of, m->service, m->class_id, m->kind,    m->peer,
+	};
+	uint32_t probes[SL_MMSG_BURST], n = 0;
+
+	sl_classify(m->classifier, &d, k, now);
+	for (uint32_t i = 0; i < k; i++) {
+		switch (m->reason[i]) {
+		case SLUICE_STEER:
+		case SLUICE_STEER_DEMOTED:
+		case SLUICE_PASS_LANE:
+		case SLUICE_PASS_DEMOTED:
+			if (!enqueue(m, i, now))
+				sl_put_free(m, m->index[i]);
+			continue;
+		case SLUICE_REPLY:
+			probes[n++] = i;
+			continue;
+		default:
+			m->statistics.discarded++;
+			sl_put_free(m, m->index[i]);
+		}
+	}
+	if (n)
+		reply(m, s, probes, n);
+	for (uint32_t i = 0; i < n; i++)
+		sl_put_free(m, m->index[probes[i]]);
+}
+
+static void note_overflow(struct sl_mmsg *m, struct sl_socket *s)
+{
+	struct cmsghdr *c = CMSG_FIRSTHDR(&m->header[0].msg_hdr);
+	uint32_t value;
+
+	if (!c || c->cmsg_level != SOL_SOCKET || c->cmsg_type != SO_RXQ_OVFL)
+		return;
+	memcpy(&value, CMSG_DATA(c), sizeof(value));
+	m->overflowing |= value != s->overflow;
+	m->statistics.overflowed += (uint32_t)(value - s->overflow);
+	s->overflow = value;
+}
+
+/* Where datagram i of the call came from, into entry k; all zero when it is no address of ours. */
+static void read_source(struct sl_mmsg *m, uint32_t i, uint32_t k)
+{
+	const struct sockaddr_in6 *name = &m->name[i];
+	const struct sockaddr_in *v4 = (const struct sockaddr_in *)name;
+	struct sl_source *source = &m->source[k];
+
+	memset(source, 0, sizeof(*source));
+	if (m->header[i].msg_hdr.msg_namelen && name->sin6_family == AF_INET6) {
+		memcpy(source->address, &name->sin6_addr, sizeof(source->address));
+		source->port = ntohs(name->sin6_port);
+		source->scope = name->sin6_scope_id;
+		source->family = IN6_IS_ADDR_V4MAPPED(&name->sin6_addr) ? 4 : 6;
+	} else if (m->header[i].msg_hdr.msg_namelen && v4->sin_family == AF_INET) {
+		source->address[10] = source->address[11] = 0xff;
+		memcpy(source->address + 12, &v4->sin_addr, sizeof(v4->sin_addr));
+		source->port = ntohs(v4->sin_port);
+		source->family = 4;
+	}
+	memcpy(&m->address[k], source->address, sizeof(m->address[k]));
+}
+
+/* Sorts out the n datagrams of one recvmmsg call. */
+static void take(struct sl_mmsg *m, const struct sl_socket *s, uint32_t n, uint64_t now)
+{
+	uint32_t k = 0, size = m->options.frame_size;
+
+	for (uint32_t i = 0; i < n; i++) {
+		uint32_t length = m->header[i].msg_len, index = m->slot[i];
+
+		if (m->header[i].msg_hdr.msg_flags & MSG_TRUNC) {
+			m->statistics.truncated++;
+			m->header[i].msg_hdr.msg_namelen = sizeof(m->name[i]);
+			continue; /* the slot keeps its frame */
+		}
+		if (length > size) {
+			uint32_t joined = m->free_large[--m->free_large_count];
+
+			/* Alone, so that one large frame in reserve is enough. */
+			sort_out(m, s, k, now);
+			k = 0;
+			memcpy(m->area + sl_offset_of(m, joined), m->payload[i][0].iov_base, size);
+			memcpy(m->area + sl_offset_of(m, joined) + size, m->payload[i][1].iov_base,
+			       length - size);
+			index = joined;
+		}
+		m->index[k] = index;
+		m->offset[k] = sl_offset_of(m, index);
+		m->length[k] = length;
+		m->to[k] = s->port;
+		read_source(m, i, k++);
+		m->header[i].msg_hdr.msg_namelen = sizeof(m->name[i]);
+		if (length > size) {
+			sort_out(m, s, k, now);
+			k = 0;
+		} else {
+			m->slot[i] = SL_NO_FRAME;
+		}
+	}
+	sort_out(m, s, k, now);
+	for (uint32_t i = 0; i < n; i++)
+		if (m->slot[i] == SL_NO_FRAME)
+			sl_fill_slot(m, i);
+}
+
+/*
+ * Up to want datagrams from one socket in one call.  How many, 0: nothing there,
+ * or -errno when the socket can't be used any more.
+ */
+static int read_burst(struct sl_mmsg *m, struct sl_socket *s, uint32_t want)
+{
+	int n;
+
+	for (int tries = 0; tries < ERRORS_PER_CALL; tries++) {
+		/* The first header alone asks for SO_RXQ_OVFL: once per call is often enough. */
+		m->header[0].msg_hdr.msg_control = m->control;
+		m->header[0].msg_hdr.msg_controllen = sizeof(m->control);
+		n = recvmmsg(s->fd, m->header, want < SL_MMSG_BURST ? want : SL_MMSG_BURST,
+			     MSG_DONTWAIT, NULL);
+		if (n > 0) {
+			m->statistics.calls++;
+			m->statistics.received += n;
+			note_overflow(m, s);
+			take(m, s, n, sl_now_ns());
+			return n;
+		}
+		if (n == 0 || errno == EAGAIN)
+			return 0;
+		if (errno == EBADF || errno == ENOTSOCK || errno == EFAULT || errno == EINVAL)
+			return -errno;
+		/* An ICMP error that was pending on the socket; taken now, so ask again. */
+		m->statistics.errors++;
+	}
+	return 0;
+}
+
+int sl_mmsg_read_sockets(struct sl_mmsg *m, uint32_t want)
+{
+	struct epoll_event ready[READY];
+	uint32_t total = 0;
+	int n = 1, got;
+
+	ready[0].data.u32 = 0;
+	/* With one socket, trying to read is as cheap as asking whether to. */
+	if (m->sockets != 1) {
+		n = epoll_wait(m->epoll, ready, READY, 0);
+		if (n < 0)
+			return -errno;
+	}
+	while (n > 0 && total < want) {
+		int still = 0;
+
+		for (int i = 0; i < n && total < want; i++) {
+			if (ready[i].data.u32 >= m->sockets)
+				continue;
+			got = read_burst(m, &m->socket[ready[i].data.u32], want - total);
+			if (got < 0)
+				return got;
+			total += got;
+			/* A full burst: there may be more. */
+			if (got == SL_MMSG_BURST)
+				ready[still++] = ready[i];
+		}
+		n = still;
+	}
+	return total;
+}
