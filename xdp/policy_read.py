@@ -261,7 +261,7 @@ def read_stranger_prefix(place: Place, value: object) -> model.StrangerPrefix:
     table = Table(place, value, model.StrangerPrefix)
     default = model.StrangerPrefix()
     return model.StrangerPrefix(
-        v4=table.integer("v4", 1, 32, default.v4), v6=table.integer("v6", 1, 128, default.v6)
+        v4=table.integer("v4", 1, 32, default.v4), v6=table.integer("v6", 1, 64, default.v6)
     )
 
 
