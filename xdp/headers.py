@@ -34,7 +34,8 @@ __all__ = ["default_cache", "kernel_source", "version_of"]
 
 INSTALL_HINT = (
     "install kernel headers: apt-get install linux-headers-$(uname -r), or any: linux-headers-amd64 "
-    "(linux-headers-arm64) on Debian, linux-headers-generic on Ubuntu; or set BCC_KERNEL_SOURCE to a configured tree"
+    "(linux-headers-arm64) on Debian, linux-headers-generic on Ubuntu; or set BCC_KERNEL_SOURCE "
+    "to a configured tree"
 )
 
 # Names of architecture folders in the kernel tree, where they differ from `uname -m`.
@@ -122,7 +123,7 @@ def default_cache() -> Path:
     if os.geteuid() == 0:
         return Path("/var/cache/sluice")
     base = os.environ.get("XDG_CACHE_HOME")
-    return Path(base if base else Path.home() / ".cache") / "sluice"
+    return Path(base or Path.home() / ".cache") / "sluice"
 
 
 def version_of(text: str) -> tuple[int, ...]:
@@ -220,7 +221,7 @@ def _cached(cache: Path, sources: Sequence[Path], arch: str) -> Path:
     except OSError as error:
         raise PermissionsError(
             f"can't write kernel headers to {cache}: {error.strerror or error}",
-            hint="run as root, make the directory writable, or set BCC_KERNEL_SOURCE to a configured kernel tree",
+            hint="run as root, make it writable, or set BCC_KERNEL_SOURCE to a configured kernel tree",
         ) from error
     return tree
 
