@@ -6,6 +6,6 @@ from setuptools import setup
 setup(
     cffi_modules=[
         "xdp/_libbpf_build.py:ffi",
-        "userspace/native/build.py:ffibuilder",
+        "userspace/native/build.py:ffi",
     ]
 )
