@@ -211,7 +211,9 @@ def _read_int(r: _Reader, type_id: int, kind: Kind, name: str, size: int, _count
                 bits=bits, bit_offset=bit_offset)  # fmt: skip
 
 
-def _read_array(r: _Reader, type_id: int, kind: Kind, name: str, _size: int, _count: int, _flag: bool) -> Type:
+def _read_array(
+    r: _Reader, type_id: int, kind: Kind, name: str, _size: int, _count: int, _flag: bool
+) -> Type:
     element, _index, elements = r.take(_ARRAY)
     return Type(type_id, kind, name, target=element, count=elements)
 
@@ -223,7 +225,9 @@ def _read_members(r: _Reader, type_id: int, kind: Kind, name: str, size: int, co
         # With the flag set the offset's upper byte is the width of a bit field.
         bit_offset, bit_size = (offset & 0xFFFFFF, offset >> 24) if flag else (offset, 0)
         if bit_offset + bit_size > size * 8 or (kind is Kind.UNION and bit_offset):
-            raise BtfError(f"BTF {kind.name.lower()} {name or type_id} has a member at bit {bit_offset} of {size} bytes")
+            raise BtfError(
+                f"BTF {kind.name.lower()} {name or type_id} has a member at bit {bit_offset} of {size} bytes"
+            )
         members.append(Member(r.name(member_name), member_type, bit_offset, bit_size))
     return Type(type_id, kind, name, size, members=tuple(members))
 
@@ -248,7 +252,12 @@ def _read_enum(r: _Reader, type_id: int, kind: Kind, name: str, size: int, count
 
 def _read_plain(r: _Reader, type_id: int, kind: Kind, name: str, word: int, count: int, _flag: bool) -> Type:
     """Kinds without anything to decode behind the common part but what has to be skipped."""
-    skip = {Kind.FUNCTION_PROTOTYPE: 2 * count, Kind.DATA_SECTION: 3 * count, Kind.VARIABLE: 1, Kind.DECLARATION_TAG: 1}
+    skip = {
+        Kind.FUNCTION_PROTOTYPE: 2 * count,
+        Kind.DATA_SECTION: 3 * count,
+        Kind.VARIABLE: 1,
+        Kind.DECLARATION_TAG: 1,
+    }
     for _ in range(skip.get(kind, 0)):
         r.word()
     if kind is Kind.FLOAT:

@@ -99,9 +99,11 @@ class RawCodec:
         self.leaves = 1
 
     def decode(self, raw: memoryview) -> Value:
+        """As in `Codec`."""
         return raw[: self.size].hex()
 
     def encode(self, value: Value, raw: memoryview, path: str) -> None:
+        """As in `Codec`."""
         try:
             made = bytes.fromhex(value) if isinstance(value, str) else b""
         except ValueError:
@@ -116,8 +118,16 @@ class IntegerCodec:
 
     __slots__ = ("boolean", "leaves", "mask", "maximum", "minimum", "name", "shift", "signed", "size")
 
-    def __init__(self, size: int, *, signed: bool = False, boolean: bool = False, bits: int = 0, shift: int = 0,
-                 name: str = "") -> None:  # fmt: skip
+    def __init__(
+        self,
+        size: int,
+        *,
+        signed: bool = False,
+        boolean: bool = False,
+        bits: int = 0,
+        shift: int = 0,
+        name: str = "",
+    ) -> None:
         self.size = size
         self.leaves = 1
         bits = bits or size * 8
@@ -130,20 +140,24 @@ class IntegerCodec:
         self.name = name or f"{'s' if signed else 'u'}{bits}"
 
     def number(self, raw: memoryview) -> int:
+        """The integer as it is stored."""
         value = int.from_bytes(raw[: self.size], _ORDER) >> self.shift & self.mask
         return value - self.mask - 1 if self.signed and value > self.maximum else value
 
     def decode(self, raw: memoryview) -> Value:
+        """As in `Codec`."""
         value = self.number(raw)
         return bool(value) if self.boolean and value <= 1 else value
 
     def encode(self, value: Value, raw: memoryview, path: str) -> None:
+        """As in `Codec`."""
         if isinstance(value, str):
             value = _hexadecimal(value)
         if isinstance(value, bool) and not self.boolean:
             value = None
         if not isinstance(value, int) or not self.minimum <= value <= self.maximum:
-            allowed = "true or false" if self.boolean else f"{self.name}: {self.minimum} to {self.maximum}"
+            allowed = f"{self.name}: {self.minimum} to {self.maximum}"
+            allowed = "true or false" if self.boolean else allowed
             raise RangeError(f"{path}: {_shown(value)} does not fit; allowed: {allowed}")
         word = int.from_bytes(raw[: self.size], _ORDER) & ~(self.mask << self.shift)
         raw[: self.size] = (word | (value & self.mask) << self.shift).to_bytes(self.size, _ORDER)
@@ -162,10 +176,12 @@ class EnumCodec(IntegerCodec):
         self.names = {number: label for label, number in reversed(values)}
 
     def decode(self, raw: memoryview) -> Value:
+        """As in `Codec`."""
         value = self.number(raw)
         return self.names.get(value, value)
 
     def encode(self, value: Value, raw: memoryview, path: str) -> None:
+        """As in `Codec`."""
         if isinstance(value, str) and value in self.numbers:
             value = self.numbers[value]
         elif isinstance(value, str) and _hexadecimal(value) is None:
@@ -185,9 +201,11 @@ class FloatCodec:
         self.layout = struct.Struct({2: "=e", 4: "=f", 8: "=d"}[size])
 
     def decode(self, raw: memoryview) -> Value:
+        """As in `Codec`."""
         return self.layout.unpack_from(raw)[0]
 
     def encode(self, value: Value, raw: memoryview, path: str) -> None:
+        """As in `Codec`."""
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise RangeError(f"{path}: {_shown(value)} is not a number")
         try:
@@ -208,10 +226,12 @@ class ArrayCodec:
         self.leaves = max(1, element.leaves * count)
 
     def decode(self, raw: memoryview) -> Value:
+        """As in `Codec`."""
         step = self.element.size
         return [self.element.decode(raw[i * step :]) for i in range(self.count)]
 
     def encode(self, value: Value, raw: memoryview, path: str) -> None:
+        """As in `Codec`."""
         if not isinstance(value, list) or len(value) != self.count:
             raise RangeError(f"{path}: {_shown(value)} is not a list of {self.count}")
         step = self.element.size
@@ -240,6 +260,7 @@ class StructCodec:
         self.leaves = 1 + sum(field.codec.leaves for field in fields)
 
     def decode(self, raw: memoryview) -> Value:
+        """As in `Codec`."""
         out: dict[str, Value] = {}
         for field in self.fields:
             value = field.codec.decode(raw[field.offset :])
@@ -250,15 +271,20 @@ class StructCodec:
         return out
 
     def encode(self, value: Value, raw: memoryview, path: str) -> None:
+        """As in `Codec`."""
         self.check(value, path)
         for field, part in self.parts(value):
             end = field.offset + field.codec.size
-            field.codec.encode(part, raw[field.offset : end], path if field.merged else f"{path}.{field.name}")
+            field.codec.encode(
+                part, raw[field.offset : end], path if field.merged else f"{path}.{field.name}"
+            )
 
     def check(self, value: Value, path: str) -> None:
         """Raise for what is no object, or has a member that the struct has not."""
         if not isinstance(value, dict):
-            raise RangeError(f"{path}: {_shown(value)} is not an object; members: {', '.join(self.members())}")
+            raise RangeError(
+                f"{path}: {_shown(value)} is not an object; members: {', '.join(self.members())}"
+            )
         if unknown := [name for name in value if name not in self.members()]:
             raise RangeError(f"{path}: no member {unknown[0]!r}; allowed: {', '.join(self.members())}")
 
@@ -291,6 +317,7 @@ class UnionCodec(StructCodec):
     __slots__ = ()
 
     def encode(self, value: Value, raw: memoryview, path: str) -> None:
+        """As in `Codec`."""
         self.check(value, path)
         parts = self.parts(value)
         images = []
@@ -307,7 +334,9 @@ class UnionCodec(StructCodec):
             again = bytearray(self.size)
             field.codec.encode(field.codec.decode(memoryview(merged)), memoryview(again), path)
             if bytes(again) != expected:
-                raise RangeError(f"{path}: {field.name} contradicts another reading of the same bytes; give only one")
+                raise RangeError(
+                    f"{path}: {field.name} contradicts another reading of the same bytes; give only one"
+                )
         raw[: self.size] = merged
 
 
@@ -323,9 +352,11 @@ class ViewCodec:
         self.leaves = inner.leaves
 
     def decode(self, raw: memoryview) -> Value:
+        """As in `Codec`."""
         return self.view.read(self.inner.decode(raw))
 
     def encode(self, value: Value, raw: memoryview, path: str) -> None:
+        """As in `Codec`."""
         try:
             plain = self.view.write(value)
         except ValueError as error:
@@ -372,7 +403,9 @@ class _Maker:
                     return UnionCodec(kind.name, kind.size, fields)
                 plain = StructCodec(kind.name, kind.size, fields)
                 return ViewCodec(plain, self.views[kind.name]) if kind.name in self.views else plain
-        raise BtfError(f"BTF type {kind.name or kind.id} ({kind.kind.name.lower()}) is no data that can be decoded")
+        raise BtfError(
+            f"BTF type {kind.name or kind.id} ({kind.kind.name.lower()}) is no data that can be decoded"
+        )
 
     def field(self, parent: Type, number: int, member: Member, depth: int) -> Field:
         kind = self.btf.resolve(member.type_id)

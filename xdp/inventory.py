@@ -18,13 +18,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from xdp._libbpf import ffi, lib
-from xdp.errors import BusyError, InterfaceGoneError, NotLoadedError, PermissionsError, SluiceError, UsageError
-
-if TYPE_CHECKING:
-    from xdp.maps import BpfMap
+from xdp.errors import (
+    BusyError,
+    InterfaceGoneError,
+    NotLoadedError,
+    PermissionsError,
+    SluiceError,
+    UsageError,
+)
+from xdp.maps import BpfMap, MapInfo
 
 #: The name by which our program is told from others; bpf/steer.bpf.c calls it so.
 PROGRAM_NAME = "sluice_steer"
@@ -52,22 +57,6 @@ class Attachment:
     ifindex: int
     mode: AttachMode
     program_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class MapInfo:
-    """One map, as the kernel describes it."""
-
-    id: int
-    name: str
-    type: int
-    key_size: int
-    value_size: int
-    max_entries: int
-    flags: int
-    btf_id: int
-    btf_key_type_id: int
-    btf_value_type_id: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +99,10 @@ class Loaded:
 
         Raises `UsageError` for a name that the program has no map of, `NotLoadedError` when it is gone.
         """
-        from xdp.maps import BpfMap
-
         if name not in self.maps:
-            raise UsageError(f"no map {name!r} in program {self.id}; there are: {', '.join(sorted(self.maps))}")
+            raise UsageError(
+                f"no map {name!r} in program {self.id}; there are: {', '.join(sorted(self.maps))}"
+            )
         return BpfMap(_open(lib.sluice_map_by_id, self.maps[name].id, f"map {name}"))
 
 
@@ -191,7 +180,7 @@ def find(interface: str | None = None) -> Loaded:
     if candidates:
         other = candidates[0]
         raise BusyError(
-            f"{interface} carries program {other.id} ({other.name or 'without a name'}), which is not Sluice's",
+            f"{interface} carries program {other.id} ({other.name or 'no name'}), which is not Sluice's",
             hint=f"look at it: bpftool prog show id {other.id}",
         )
     raise NotLoadedError(f"nothing is loaded on {interface}", hint=f"load it: sluice up {interface} POLICY")
@@ -210,7 +199,8 @@ def inspect(attachment: Attachment) -> Loaded | None:
         os.close(descriptor)
     if info.nr_map_ids > len(info.map_ids):
         raise SluiceError(f"program {info.id} has {info.nr_map_ids} maps, more than this tool reads")
-    maps = {one.name: one for one in map(map_info, info.map_ids[0 : info.nr_map_ids]) if one is not None}
+    known = [_map_info(map_id) for map_id in info.map_ids[0 : info.nr_map_ids]]
+    maps = {one.name or f"map_{one.id}": one for one in known if one is not None}
     return Loaded(
         interface=attachment.interface,
         ifindex=attachment.ifindex,
@@ -224,29 +214,14 @@ def inspect(attachment: Attachment) -> Loaded | None:
     )
 
 
-def map_info(map_id: int) -> MapInfo | None:
+def _map_info(map_id: int) -> MapInfo | None:
     """What the kernel says about a map; None when it is gone."""
     try:
-        descriptor = _open(lib.sluice_map_by_id, map_id, f"map {map_id}")
+        opened = BpfMap(_open(lib.sluice_map_by_id, map_id, f"map {map_id}"))
     except NotLoadedError:
         return None
-    try:
-        raw = ffi.new("struct sluice_map_info *")
-        _check(lib.sluice_map_info(descriptor, raw), f"map {map_id}")
-    finally:
-        os.close(descriptor)
-    return MapInfo(
-        id=raw.id,
-        name=_text(raw.name) or f"map_{raw.id}",
-        type=raw.type,
-        key_size=raw.key_size,
-        value_size=raw.value_size,
-        max_entries=raw.max_entries,
-        flags=raw.map_flags,
-        btf_id=raw.btf_id,
-        btf_key_type_id=raw.btf_key_type_id,
-        btf_value_type_id=raw.btf_value_type_id,
-    )
+    opened.close()
+    return opened.info
 
 
 def btf_blob(btf_id: int) -> bytes:
@@ -255,7 +230,9 @@ def btf_blob(btf_id: int) -> bytes:
     try:
         size = _check(lib.sluice_btf_raw(descriptor, ffi.NULL, 0, ffi.NULL), f"BTF {btf_id}")
         blob = bytearray(size)
-        _check(lib.sluice_btf_raw(descriptor, ffi.from_buffer("char[]", blob), size, ffi.NULL), f"BTF {btf_id}")
+        _check(
+            lib.sluice_btf_raw(descriptor, ffi.from_buffer("char[]", blob), size, ffi.NULL), f"BTF {btf_id}"
+        )
     finally:
         os.close(descriptor)
     return bytes(blob)
@@ -317,13 +294,13 @@ def holders(one: Loaded) -> list[Holder]:
 def _bpf_descriptors(folder: Path) -> Iterator[dict[str, int]]:
     """Of each BPF descriptor of a process, the ids in its fdinfo."""
     try:
-        names = os.listdir(folder / "fd")
+        descriptors = list((folder / "fd").iterdir())
     except OSError:  # not ours to see, or gone
         return
-    for name in names:
+    for descriptor in descriptors:
         try:
-            if os.readlink(folder / "fd" / name) in _INODES:
-                text = (folder / "fdinfo" / name).read_text(encoding="ascii", errors="replace")
+            if str(descriptor.readlink()) in _INODES:
+                text = (folder / "fdinfo" / descriptor.name).read_text(encoding="ascii", errors="replace")
                 yield {key: int(value) for key, value in _FDINFO.findall(text)}
         except OSError:  # closed meanwhile
             continue
@@ -365,7 +342,7 @@ def _pinned(path: Path) -> tuple[str, int]:
 
 def namespace_inode() -> int:
     """The inode of this thread's network namespace, by which state files are named."""
-    return os.stat("/proc/thread-self/ns/net").st_ino
+    return Path("/proc/thread-self/ns/net").stat().st_ino
 
 
 def _open(call: Any, number: int, what: str) -> int:

@@ -38,12 +38,16 @@ class Builder:
         self.names += text.encode() + b"\0"
         return offset
 
-    def add(self, kind: int, name: str, word: int, tail: bytes = b"", *, vlen: int = 0, flag: bool = False) -> int:
+    def add(
+        self, kind: int, name: str, word: int, tail: bytes = b"", *, vlen: int = 0, flag: bool = False
+    ) -> int:
         self.types += struct.pack("=III", self.name(name), flag << 31 | kind << 24 | vlen, word) + tail
         self.count += 1
         return self.count
 
-    def integer(self, name: str, size: int, *, signed: bool = False, boolean: bool = False, bits: int = 0) -> int:
+    def integer(
+        self, name: str, size: int, *, signed: bool = False, boolean: bool = False, bits: int = 0
+    ) -> int:
         encoding = int(signed) | int(boolean) << 2
         return self.add(Kind.INT, name, size, struct.pack("=I", encoding << 24 | (bits or size * 8)))
 
@@ -64,7 +68,9 @@ class Builder:
 
     def blob(self) -> bytes:
         types, names = bytes(self.types), bytes(self.names)
-        return struct.pack("=HBBIIIII", MAGIC, 1, 0, 24, 0, len(types), len(types), len(names)) + types + names
+        return (
+            struct.pack("=HBBIIIII", MAGIC, 1, 0, 24, 0, len(types), len(types), len(names)) + types + names
+        )
 
     def codec(self, type_id: int, **views: View) -> Codec:
         return make_codec(Btf.parse(self.blob()), type_id, views)

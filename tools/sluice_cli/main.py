@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import click
 
-from sluice_cli.output import Output, common_options, write_json
+from sluice_cli.output import Output, common_options, examples, write_json
 from xdp.errors import PermissionsError, SluiceError, UnsupportedError, UsageError
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -37,12 +37,16 @@ SUBCOMMANDS: dict[str, Subcommand] = {
     "down": Subcommand("down", "down", "Take Sluice's program off an interface."),
     "status": Subcommand("status", "status", "Show what is loaded, its mode, owner and rates."),
     "check": Subcommand("check", "check", "Validate policy files without touching anything."),
-    "doctor": Subcommand("doctor", "doctor", "Say what this kernel and interface can do, and what to do about the rest."),
-    "map": Subcommand("map_command", "map_command", "Look into the maps of the loaded program, and change them."),
+    "doctor": Subcommand(
+        "doctor", "doctor", "Say what this kernel and interface can do, and what to do about the rest."
+    ),
+    "map": Subcommand(
+        "map_command", "map_command", "Look into the maps of the loaded program, and change them."
+    ),
     "peers": Subcommand("peers", "peers", "List the remote addresses that the program has counted."),
     "lanes": Subcommand("lanes", "lanes", "Show each lane's traffic, drops and limits."),
     "replay": Subcommand("replay", "replay", "Send a capture's datagrams into the lab."),
-    "lab": Subcommand("lab", "lab", "Make two hosts on this machine to try things on."),
+    "lab": Subcommand("lab_command", "lab_command", "Make two hosts on this machine to try things on."),
     "demo": Subcommand("demo", "demo", "Show the promise: votes arrive while the low lane is flooded."),
     "bench": Subcommand("bench", "bench", "Measure Sluice beside its alternatives."),
     "test": Subcommand("testing", "test", "Run the test suite."),
@@ -61,9 +65,11 @@ class LazyGroup(click.Group):
     """A group whose commands are imported when they are run."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """All names, without importing anything."""
         return [*SUBCOMMANDS, *sorted(super().list_commands(ctx))]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a command. Raises `UnsupportedError` when something it needs is not installed."""
         entry = SUBCOMMANDS.get(cmd_name)
         if entry is None:
             return super().get_command(ctx, cmd_name)
@@ -79,13 +85,15 @@ class LazyGroup(click.Group):
             raise TypeError(f"sluice_cli.{entry.module}.{entry.attribute} is no click command")
         return command
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        """The list in the help."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, entry.help) for name, entry in SUBCOMMANDS.items()])
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command. Raises `UsageError` with what may have been meant."""
         if args and args[0] not in SUBCOMMANDS and not args[0].startswith("-"):
             near = difflib.get_close_matches(args[0], SUBCOMMANDS, n=1)
             hint = f"did you mean `sluice {near[0]}`?" if near else "`sluice --help` lists the commands"
@@ -106,20 +114,27 @@ def _print_version(ctx: click.Context, _parameter: click.Parameter, wanted: bool
     ctx.exit()
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version,
-              help="Print the version and exit.")  # fmt: skip
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=examples("""
+        sluice doctor eth1                     what can this interface do?
+        sluice check validator.toml            is this policy right?
+        sudo sluice up eth1 validator.toml     load it (Ctrl-C takes it off again)
+        sudo sluice status                     what is loaded, and how busy is it?
+    """),
+)
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Print the version and exit.",
+)
 @common_options
 def cli(output: Output) -> None:
-    """UDP at the speed of the kernel's fast path: priority lanes by XDP, read in batches.
-
-    \b
-    Examples:
-      sluice doctor eth1                     what can this interface do?
-      sluice check validator.toml            is this policy right?
-      sudo sluice up eth1 validator.toml     load it (Ctrl-C takes it off again)
-      sudo sluice status                     what is loaded, and how busy is it?
-    """
+    """UDP at the speed of the kernel's fast path: priority lanes by XDP, read in batches."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -136,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stop.__context__, BrokenPipeError):
             return _reader_went_away()
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the last place where an error can be told in one line
         report_error(_described(error), Output.from_words(words), error)
         return _described(error).exit_code
     return result if isinstance(result, int) else 0
@@ -150,7 +165,9 @@ def _described(error: Exception) -> SluiceError:
         context = getattr(error, "ctx", None)
         path = context.command_path if isinstance(context, click.Context) else "sluice"
         message = error.format_message()
-        return UsageError(message[:1].lower() + message[1:].rstrip("."), hint=f"`{path} --help` shows the usage")
+        return UsageError(
+            message[:1].lower() + message[1:].rstrip("."), hint=f"`{path} --help` shows the usage"
+        )
     if isinstance(error, OSError) and error.errno is not None:
         kind = PermissionsError if error.errno in (errno.EPERM, errno.EACCES) else SluiceError
         what = f"{error.filename}: {error.strerror}" if error.filename else f"{error.strerror}"

@@ -108,7 +108,7 @@ class Output:
                 click.echo(line)
 
     def watch(self, frames: Iterable[tuple[Mapping[str, object], Sequence[Table]]]) -> None:
-        """Show frame after frame: redrawn on a terminal, one JSON document a line with --json, else one after another."""
+        """Show frame after frame: redrawn on a terminal, else one after another (a line each with --json)."""
         if self.json:
             for document, _ in frames:
                 write_json(document, compact=True)
@@ -154,6 +154,11 @@ def write_json(document: Mapping[str, object], *, compact: bool = False) -> None
     click.echo(jsonlib.dumps({"version": JSON_VERSION, **document}, indent=None if compact else 2))
     if compact:
         sys.stdout.flush()
+
+
+def examples(text: str) -> str:
+    """Examples for the end of a command's help (its ``epilog``), with the line breaks kept."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line.strip()}" for line in text.strip().splitlines())
 
 
 def common_options(function: Callable[..., Any]) -> Callable[..., Any]:
