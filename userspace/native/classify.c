@@ -327,6 +327,7 @@ static uint8_t limited(struct sl_classifier *c, const struct sluice_rule *rule, 
 		return drop;
 	c->counters.demoted_from[*lane]++;
 	*lane = to;
+	c->counters.demoted_to[to]++;
 	if (!conforms(&c->lane_tat[to], &lanes[to].limit, now))
 		return SLUICE_DROP_LANE_LIMIT;
 	return lanes[to].end ? SLUICE_PASS_DEMOTED : SLUICE_STEER_DEMOTED;

@@ -1,0 +1,416 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lanes over kernel sockets, many datagrams per system call (recvmmsg, sendmmsg).
+
+The rung of the mode ladder below AF_XDP: the same policy, lanes and batches, at
+the speed of the kernel's UDP.  What it cannot give is AF_XDP's promise that a
+flood costs a high lane nothing: on one port all lanes share a socket buffer, and
+what the kernel drops there was never classified.  Behind the buffer it holds:
+each lane has a queue and frames of its own.  While a buffer overflows, a receive
+call reads several times what it hands out, so that high lanes get through.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import socket
+import time
+from array import array
+from collections.abc import Iterable, Sequence
+from ipaddress import IPv4Address, IPv6Address
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from typing_extensions import Buffer
+
+from userspace.datagram.batch import Abandoned, Batch
+from userspace.datagram.classifier import DatagramClassifier
+from userspace.datagram.socket_statistics import LaneStatistics, SendFailure, SocketStatistics
+from userspace.datagram.sockets import (
+    Destination,
+    ServiceSocket,
+    open_service_sockets,
+    socket_drops,
+    socket_ports,
+)
+from userspace.native._native import ffi, lib
+from xdp.errors import InterfaceGoneError, SluiceError, UsageError
+from xdp.policy import Policy
+
+if TYPE_CHECKING:
+    from userspace.native._native import CData
+
+Address = IPv4Address | IPv6Address
+
+#: Large frames (64 KiB, touched only when used) that each lane may queue and hold.
+LARGE_FRAMES = 32
+#: Times what a call hands out that it reads while a socket overflows and there are lanes to sort.
+DRAIN = 4
+#: Seconds that send waits for room in the socket buffer or the device queue.
+SEND_TIMEOUT = 1.0
+
+_BATCH_CAPACITY = 256
+_DESTINATIONS = 1024  # parsed destinations that are kept
+_PLACES = ("free", "slot", "queued", "held")
+
+
+class MmsgLanes:
+    """Receives in lanes and sends through the kernel sockets of a policy's ports.
+
+    ``sockets``: already opened ones (privileged ports, handed over); they are
+    closed with this object.  Without, one per port is opened here.  ``budget``
+    bounds what one call reads, 0: only ``maximum`` does.  Belongs to one thread.
+
+    Raises what open_service_sockets raises, and UsageError for options out of range.
+    """
+
+    mode = "mmsg"
+
+    def __init__(
+        self,
+        policy: Policy,
+        sockets: Iterable[ServiceSocket] | None = None,
+        *,
+        quota: int | None = None,
+        frame_size: int | None = None,
+        large_frames: int = LARGE_FRAMES,
+        drain: int | None = None,
+        budget: int = 0,
+    ) -> None:
+        self._closed = False
+        self._native: CData = ffi.NULL
+        self._outstanding = 0
+        self._abandoned: list[Abandoned] = []
+        self._spare: list[CData] = []
+        self._destinations: dict[object, tuple[Destination, CData]] = {}
+        self._sent = self._send_failed = self._asynchronous = 0
+        #: of the last send call
+        self.failures: tuple[SendFailure, ...] = ()
+        self._sockets = list(open_service_sockets(socket_ports(policy)) if sockets is None else sockets)
+        if not self._sockets:
+            raise UsageError(
+                "the policy has no port for an application",
+                hint="add a service with a rule whose lane ends in a socket",
+            )
+        try:
+            self._classifier = DatagramClassifier(policy)
+            options = ffi.new("struct sl_mmsg_options *")
+            options.frame_size = policy.rings.frame_size if frame_size is None else frame_size
+            options.large_frames = large_frames
+            options.drain = (DRAIN if len(policy.lanes) > 1 else 1) if drain is None else drain
+            for number, lane in enumerate(policy.lanes):
+                options.quota[number] = lane.quota if quota is None else quota
+                options.share[number] = int(lane.share * lib.SL_MMSG_SHARE_ONE)
+            self._budget = budget
+            self._open(options)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, options: CData) -> None:
+        error = ffi.new("int *")
+        native = lib.sl_mmsg_new(options, self._classifier.native, error)
+        if native == ffi.NULL and error[0] == errno.EINVAL:
+            raise UsageError(
+                "frame size (64 to 65536), quotas or large frames are out of range or need more than 4 GiB",
+                hint="lower quota or frame_size under [rings] in the policy",
+            )
+        if native == ffi.NULL:
+            raise SluiceError.from_errno(
+                "frames for the kernel sockets", error[0], hint="lower the lanes' quota"
+            )
+        self._native = native
+        for port, sock in self._sockets:
+            failed = lib.sl_mmsg_add(native, sock.fileno(), port)
+            if failed:
+                raise SluiceError.from_errno(f"socket of UDP port {port} can't be used", -failed)
+
+    # --- receiving
+
+    def receive(self, maximum: int = 256, timeout: float | None = None) -> Batch:
+        """At most ``maximum`` datagrams, highest lane first, with each lane's share.
+
+        Waits ``timeout`` seconds for the first one (None: for ever) and returns an
+        empty batch when there was none.  Signal handlers run while it waits.
+        Raises UsageError, ValueError when closed, InterfaceGoneError when a socket
+        is no longer usable.
+        """
+        if not 0 < maximum <= lib.SL_BATCH_MAX:
+            raise UsageError(f"receive({maximum}): maximum is 1 to {lib.SL_BATCH_MAX}")
+        if self._closed:
+            raise ValueError("these lanes are closed")
+        if self._abandoned:
+            self._reclaim()
+        memory = self._spare.pop() if self._spare else self._new_memory(maximum)
+        if memory.capacity < maximum:
+            memory = self._new_memory(maximum)
+        milliseconds = -1 if timeout is None else _milliseconds(timeout)
+        deadline = 0.0 if timeout is None else time.monotonic() + timeout
+        while True:
+            count = lib.sl_mmsg_receive(self._native, memory, maximum, self._budget, milliseconds)
+            if count > 0:
+                self._outstanding += 1
+                return Batch(self, memory, count)
+            if count == 0 or (count == -errno.EAGAIN and timeout == 0):
+                break
+            if count not in {-errno.EINTR, -errno.EAGAIN}:
+                self._spare.append(memory)
+                raise InterfaceGoneError(
+                    f"a kernel socket can't be read any more: {os.strerror(-count)}",
+                    hint="it was closed elsewhere; open the lanes again",
+                )
+            # A handler has run by now, or may run here; whoever wants out has raised.
+            if timeout is not None:
+                milliseconds = _milliseconds(deadline - time.monotonic())
+        self._spare.append(memory)
+        return Batch(self, None, 0)
+
+    def try_receive(self, maximum: int = 256) -> Batch:
+        """What is there now, without waiting."""
+        return self.receive(maximum, 0)
+
+    def fileno(self) -> int:
+        """Readable while receive would return at once; for select, poll, epoll and event loops."""
+        if self._closed:
+            raise ValueError("these lanes are closed")
+        return lib.sl_mmsg_fileno(self._native)
+
+    @staticmethod
+    def _new_memory(maximum: int) -> CData:
+        memory = lib.sl_batch_new(max(maximum, _BATCH_CAPACITY))
+        if memory == ffi.NULL:
+            raise SluiceError("no memory for a batch", hint="release batches, or receive fewer at once")
+        return ffi.gc(memory, lib.sl_batch_free)
+
+    # --- what a Batch needs of its backend
+
+    def fill_columns(self, memory: CData) -> None:
+        """Nothing to do: they are filled when received."""
+
+    def fill_sources(self, memory: CData) -> None:
+        """Nothing to do: they are filled when received."""
+
+    def take_back(self, memory: CData) -> None:
+        """A batch was released."""
+        count = memory.count
+        released = lib.sl_mmsg_release(self._native, memory)
+        self._spare.append(memory)
+        self._outstanding -= 1
+        if self._closed:
+            self._free()
+        if released != count:
+            raise RuntimeError(f"{count - released} of {count} frames of a batch were not held by it")
+
+    def abandon(self, abandoned: Abandoned) -> None:
+        """A batch was dropped without release; its frames come back at the next receive."""
+        self._abandoned.append(abandoned)
+
+    def _reclaim(self) -> None:
+        waiting, self._abandoned = self._abandoned, []
+        self._abandoned.extend(abandoned for abandoned in waiting if not abandoned.reclaim())
+
+    # --- sending
+
+    def send(
+        self,
+        destination: tuple[Address | str, int],
+        payloads: Sequence[Buffer] | Batch,
+        *,
+        port: int | None = None,
+        timeout: float = SEND_TIMEOUT,
+    ) -> int:
+        """Send datagrams to one destination; returns how many the kernel took.
+
+        From the socket of service port ``port``, the first one by default.  One that
+        the kernel refuses (too long, no route) is skipped and the rest goes out;
+        ``failures`` then tells which ones and why.  Waits at most ``timeout`` seconds
+        in all for room in buffers.  Payloads of a Batch are sent from where they lie.
+        """
+        to = self._destination(destination)
+        out = ffi.new("struct sl_outgoing *")
+        out.destination = to
+        out.destinations = 1
+        if isinstance(payloads, Batch):
+            if not payloads:
+                return 0
+            memory = payloads.memory
+            out.count = len(payloads)
+            out.base, out.offset, out.length = memory.data, memory.offsets, memory.lengths
+            return self._send(out, port, timeout)
+        try:
+            joined = payloads[0] if len(payloads) == 1 else b"".join(payloads)
+            lengths = array("I", [memoryview(payload).nbytes for payload in payloads])
+        except TypeError:
+            raise UsageError("payloads are a sequence of bytes-like objects") from None
+        out.count = len(lengths)
+        base, length = ffi.from_buffer("uint8_t[]", joined), ffi.from_buffer("uint32_t[]", lengths)
+        out.base, out.length = base, length
+        return self._send(out, port, timeout)
+
+    def send_back(self, batch: Batch, *, timeout: float = SEND_TIMEOUT) -> int:
+        """Send every payload of a batch to where it came from, without a copy; the batch stays held.
+
+        All of a batch leave from the first socket unless there is only one port.
+        """
+        if not batch:
+            return 0
+        memory = batch.memory
+        out = ffi.new("struct sl_outgoing *")
+        out.base, out.offset, out.length = memory.data, memory.offsets, memory.lengths
+        out.destination = memory.sources
+        out.destinations = out.count = len(batch)
+        return self._send(out, None, timeout)
+
+    def _send(self, out: CData, port: int | None, timeout: float) -> int:
+        if self._closed:
+            raise ValueError("these lanes are closed")
+        sock = self._socket_of(port)
+        count: int = out.count
+        index, errors = ffi.new("uint32_t[]", count + 1), ffi.new("int32_t[]", count + 1)
+        result = ffi.new("struct sl_send_result *")
+        deadline = time.monotonic() + timeout
+        milliseconds = _milliseconds(timeout)
+        while True:
+            lib.sl_mmsg_send(sock.fileno(), out, milliseconds, index, errors, result)
+            if result.stopped != errno.EINTR:
+                break
+            milliseconds = _milliseconds(deadline - time.monotonic())
+        failures = [SendFailure(index[i], errors[i]) for i in range(result.failed)]
+        failures += [SendFailure(i, result.stopped) for i in range(result.next, count)]
+        self.failures = tuple(failures)
+        self._sent += result.sent
+        self._send_failed += len(failures)
+        self._asynchronous += result.asynchronous
+        if result.stopped in {errno.EBADF, errno.ENOTSOCK}:
+            raise InterfaceGoneError(
+                f"a kernel socket can't be written any more: {os.strerror(result.stopped)}",
+                hint="it was closed elsewhere; open the lanes again",
+            )
+        sent: int = result.sent
+        return sent
+
+    def _socket_of(self, port: int | None) -> socket.socket:
+        if port is None:
+            return self._sockets[0].socket
+        for service in self._sockets:
+            if service.port == port:
+                return service.socket
+        raise UsageError(f"no socket on port {port}", hint=f"ports are {[p for p, _ in self._sockets]}")
+
+    def _destination(self, destination: tuple[Address | str, int]) -> CData:
+        known = self._destinations.get(destination)
+        if known is None:
+            parsed = Destination.parse(destination)
+            source = ffi.new("struct sl_source *")
+            ffi.memmove(source.address, parsed.address, len(parsed.address))
+            source.port, source.scope, source.family = parsed.port, parsed.scope, parsed.family
+            if len(self._destinations) >= _DESTINATIONS:
+                self._destinations.clear()
+            known = self._destinations[destination] = (parsed, source)
+        return known[1]
+
+    # --- the rest
+
+    @property
+    def policy(self) -> Policy:
+        """The policy in force."""
+        return self._classifier.policy
+
+    @property
+    def classifier(self) -> DatagramClassifier:
+        """Counters per lane, reason and peer."""
+        return self._classifier
+
+    @property
+    def ports(self) -> tuple[int, ...]:
+        """The service ports that have a socket here."""
+        return tuple(port for port, _ in self._sockets)
+
+    def swap(self, policy: Policy) -> None:
+        """Follow another policy with the same lanes; sockets and quotas stay, peers keep their limits."""
+        if policy.lane_names != self.policy.lane_names:
+            raise UsageError("the new policy has other lanes", hint="open the lanes anew")
+        self._classifier.swap(policy)
+
+    def status(self) -> dict[str, object]:
+        """What is in use, as plain values."""
+        return {"mode": self.mode, "ports": list(self.ports), "lanes": list(self.policy.lane_names)}
+
+    def statistics(self) -> SocketStatistics:
+        """Counters since opening; exact when no other thread receives."""
+        if self._native == ffi.NULL:
+            raise ValueError("these lanes are closed")
+        raw = ffi.new("struct sl_mmsg_statistics *")
+        lib.sl_mmsg_read_statistics(self._native, raw)
+        discarded: dict[str, int] = {}
+        for (row, reason), (packets, _) in self._classifier.verdicts().items():
+            if row == lib.SLUICE_NO_LANE or reason.startswith("drop_"):
+                discarded[reason] = discarded.get(reason, 0) + packets
+        dropped = {
+            "truncated": raw.truncated,
+            "no_large_frame": raw.no_large_frame,
+            "lane_full": sum(raw.lane_full),
+            "reply_failed": raw.reply_failed,
+        }
+        lanes = tuple(
+            LaneStatistics(name, raw.lane_delivered[i], raw.queued[i], raw.held[i], raw.lane_full[i])
+            for i, name in enumerate(self.policy.lane_names)
+        )
+        # The kernel's own count is exact; what came along with datagrams lags behind it.
+        overflowed = raw.overflowed if self._closed else sum(socket_drops(sock) for _, sock in self._sockets)
+        return SocketStatistics(
+            received=raw.received,
+            delivered=raw.delivered,
+            queued=sum(raw.queued),
+            replied=raw.replied,
+            dropped={reason: count for reason, count in dropped.items() if count},
+            discarded=discarded,
+            overflowed=overflowed,
+            errors=raw.errors,
+            sent=self._sent,
+            send_failed=self._send_failed,
+            asynchronous_errors=self._asynchronous,
+            lanes=lanes,
+        )
+
+    def census(self) -> dict[str, int]:
+        """How many frames are in each place: free, slot (offered to the kernel), queued, held."""
+        counts = ffi.new("uint32_t[]", len(_PLACES))
+        lib.sl_mmsg_census(self._native, counts)
+        return dict(zip(_PLACES, counts, strict=True))
+
+    def close(self) -> None:
+        """Close the sockets.  Batches still held stay readable; memory goes with the last of them."""
+        if self._closed:
+            return
+        self._closed = True
+        for _, sock in self._sockets:
+            if self._native != ffi.NULL:
+                lib.sl_mmsg_remove(self._native, sock.fileno())
+            sock.close()
+        if self._abandoned:
+            self._reclaim()
+        self._free()
+
+    def _free(self) -> None:
+        if not self._outstanding and self._native != ffi.NULL:
+            lib.sl_mmsg_free(self._native)
+            self._native = ffi.NULL
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            self.close()
+
+
+def _milliseconds(seconds: float) -> int:
+    """Rounded up, so that a wait never ends early and then spins; a day at most."""
+    return min(max(math.ceil(seconds * 1000), 0), 86_400_000)

@@ -1,0 +1,479 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lanes over plain sockets: the last rung of the mode ladder, nothing but Python.
+
+One system call and one run of the reference classifier (:mod:`xdp.classify`) per
+datagram: some tens of thousands a second.  The behaviour is that of
+:class:`~userspace.datagram.mmsg.MmsgLanes`: lanes with a quota of frames each,
+highest first with a share for all, the same counters, which add up.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import select
+import socket
+import time
+from array import array
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from ipaddress import IPv4Address, IPv6Address
+from types import TracebackType
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+from typing_extensions import Buffer
+
+from userspace.datagram.batch import Abandoned, Batch
+from userspace.datagram.plain_send import FATAL, send_plain
+from userspace.datagram.socket_statistics import LaneStatistics, SendFailure, SocketStatistics
+from userspace.datagram.sockets import (
+    Destination,
+    ServiceSocket,
+    open_service_sockets,
+    pack_name,
+    socket_drops,
+    socket_ports,
+)
+from userspace.native._native import ffi
+from xdp.abi import REASONS
+from xdp.classify import Classifier, Verdict
+from xdp.errors import InterfaceGoneError, UsageError
+from xdp.policy import Policy
+
+if TYPE_CHECKING:
+    from userspace.native._native import CData
+
+Address = IPv4Address | IPv6Address
+
+_LARGE = 65536  # bytes of a large frame: any UDP payload
+_BURST = 64  # datagrams read from one socket before the next one's turn
+_MAXIMUM = 65536  # of one batch
+_DELIVERED = frozenset(("steer", "steer_demoted", "pass_lane", "pass_demoted"))
+
+
+class _Received(NamedTuple):
+    """A queued datagram and its frame."""
+
+    frame: int
+    length: int
+    verdict: Verdict
+    source: bytes  # struct sl_source
+    time_ns: int
+
+
+class _Lane:
+    """Queue and frames of one lane."""
+
+    __slots__ = ("credit", "delivered", "dropped", "large", "queue", "small")
+
+    def __init__(self) -> None:
+        self.queue: deque[_Received] = deque()
+        self.small = self.large = 0  # frames queued and held
+        self.credit = 0.0
+        self.delivered = self.dropped = 0
+
+
+class _Columns:
+    """A ``struct sl_batch`` and the arrays that it points to, without a call into C."""
+
+    def __init__(self, capacity: int) -> None:
+        self.memory: CData = ffi.new("struct sl_batch *")
+        self.memory.capacity = capacity
+        self.arrays: list[CData] = []
+        for name, field in ffi.typeof("struct sl_batch").fields:
+            if field.type.kind == "pointer" and name not in {"data", "owner"}:
+                column = ffi.new(f"{field.type.item.cname}[]", capacity)
+                self.arrays.append(column)
+                setattr(self.memory, name, column)
+
+
+class PortableLanes:
+    """See MmsgLanes: the same arguments, methods and errors.  Belongs to one thread."""
+
+    mode = "portable"
+
+    def __init__(
+        self,
+        policy: Policy,
+        sockets: Iterable[ServiceSocket] | None = None,
+        *,
+        quota: int | None = None,
+        frame_size: int | None = None,
+        large_frames: int = 32,
+        drain: int | None = None,
+        budget: int = 0,
+    ) -> None:
+        self._closed = False
+        self._epoll: select.epoll | None = None
+        self._event = -1
+        self._frame_size = policy.rings.frame_size if frame_size is None else frame_size
+        self._quota = [lane.quota if quota is None else quota for lane in policy.lanes]
+        self._large_quota = large_frames
+        self._small_frames = sum(self._quota)
+        large = large_frames * len(policy.lanes)
+        if not 64 <= self._frame_size <= _LARGE or min(self._quota) < 0 or large_frames < 0:
+            raise UsageError(
+                "frame size (64 to 65536), quotas or large frames are out of range",
+                hint="lower quota or frame_size under [rings] in the policy",
+            )
+        self._drain = drain if drain is not None else 4 if len(policy.lanes) > 1 else 1
+        self._budget = budget
+        self._classifier = Classifier(policy)
+        # Mapped, not a bytearray: pages that are never used cost nothing.
+        self._area = mmap.mmap(-1, max(self._small_frames * self._frame_size + large * _LARGE, 1))
+        self._area_pointer = ffi.from_buffer("uint8_t[]", self._area)
+        self._view = memoryview(self._area)
+        self._scratch = bytearray(_LARGE)
+        self._scratch_view = memoryview(self._scratch)
+        self._free_small = list(range(self._small_frames))
+        self._free_large = list(range(self._small_frames, self._small_frames + large))
+        self._lanes = [_Lane() for _ in policy.lanes]
+        self._held: dict[int, int] = {}  # frame -> lane
+        self._abandoned: list[Abandoned] = []
+        self._spare: list[_Columns] = []
+        self._in_use: dict[int, _Columns] = {}  # address of the memory -> columns
+        self._counts: Counter[str] = Counter()
+        self._verdicts: Counter[str] = Counter()
+        self._drops: dict[int, int] = {}  # descriptor -> drops when last looked at
+        self._signalled = False
+        #: of the last send call
+        self.failures: tuple[SendFailure, ...] = ()
+        self._sockets = list(open_service_sockets(socket_ports(policy)) if sockets is None else sockets)
+        if not self._sockets:
+            raise UsageError(
+                "the policy has no port for an application",
+                hint="add a service with a rule whose lane ends in a socket",
+            )
+        self._by_descriptor = {service.socket.fileno(): service for service in self._sockets}
+        self._epoll = select.epoll()
+        self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._epoll.register(self._event, select.EPOLLIN)
+        for _, sock in self._sockets:
+            sock.setblocking(False)
+            self._epoll.register(sock, select.EPOLLIN)
+
+    # --- receiving
+
+    def receive(self, maximum: int = 256, timeout: float | None = None) -> Batch:
+        """As MmsgLanes.receive."""
+        if not 0 < maximum <= _MAXIMUM:
+            raise UsageError(f"receive({maximum}): maximum is 1 to {_MAXIMUM}")
+        epoll = self._opened()
+        if self._abandoned:
+            waiting, self._abandoned = self._abandoned, []
+            self._abandoned.extend(abandoned for abandoned in waiting if not abandoned.reclaim())
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            self._pump(maximum)
+            if any(lane.queue for lane in self._lanes):
+                return self._hand_out(maximum)
+            left = -1.0 if deadline is None else deadline - time.monotonic()
+            if deadline is not None and left <= 0:
+                return Batch(self, None, 0)
+            epoll.poll(left)
+
+    def try_receive(self, maximum: int = 256) -> Batch:
+        """What is there now, without waiting."""
+        return self.receive(maximum, 0)
+
+    def fileno(self) -> int:
+        """Readable while receive would return at once."""
+        return self._opened().fileno()
+
+    def _opened(self) -> select.epoll:
+        if self._epoll is None:
+            raise ValueError("these lanes are closed")
+        return self._epoll
+
+    def _pump(self, maximum: int) -> None:
+        limit = maximum * self._drain
+        if self._budget:
+            maximum, limit = min(maximum, self._budget), min(limit, self._budget)
+        read = self._read_sockets(maximum)
+        if read == maximum < limit and self._overflowing():
+            self._read_sockets(limit - maximum)
+
+    def _overflowing(self) -> bool:
+        before, self._drops = (
+            self._drops,
+            {descriptor: socket_drops(service.socket) for descriptor, service in self._by_descriptor.items()},
+        )
+        return before != self._drops
+
+    def _read_sockets(self, want: int) -> int:
+        total = 0
+        ready = [descriptor for descriptor, _ in self._opened().poll(0) if descriptor != self._event]
+        while ready and total < want:
+            still: list[int] = []
+            for descriptor in ready:
+                share = min(_BURST, want - total)
+                read = self._read_burst(self._by_descriptor[descriptor], share)
+                total += read
+                if read == share:
+                    still.append(descriptor)
+            ready = still
+        return total
+
+    def _read_burst(self, service: ServiceSocket, want: int) -> int:
+        for count in range(want):
+            try:
+                length, name = service.socket.recvfrom_into(self._scratch)
+            except BlockingIOError:
+                return count
+            except OSError as error:
+                if error.errno in FATAL:
+                    raise InterfaceGoneError(
+                        f"a kernel socket can't be read any more: {error.strerror}",
+                        hint="it was closed elsewhere; open the lanes again",
+                    ) from error
+                self._counts["errors"] += 1
+                continue
+            self._counts["received"] += 1
+            self._take(service, length, name, time.monotonic_ns())
+        return want
+
+    def _take(self, service: ServiceSocket, length: int, name: tuple[str, int], now_ns: int) -> None:
+        small = length <= self._frame_size
+        if not small and not self._large_quota:
+            self._counts["truncated"] += 1
+            return
+        payload = self._scratch_view[:length]
+        verdict = self._classifier.classify_datagram(name[0], service.port, payload, now_ns)
+        reason = REASONS[verdict.reason]
+        if reason == "reply":
+            try:
+                service.socket.sendto(verdict.reply_frame or b"", name)
+                self._counts["replied"] += 1
+            except OSError:
+                self._counts["reply_failed"] += 1
+            return
+        if reason not in _DELIVERED or verdict.lane is None:
+            self._verdicts[reason] += 1
+            return
+        lane = self._lanes[verdict.lane]
+        if small and lane.small < self._quota[verdict.lane]:
+            frame = self._free_small.pop()
+            lane.small += 1
+        elif not small and lane.large < self._large_quota and self._quota[verdict.lane]:
+            frame = self._free_large.pop()
+            lane.large += 1
+        else:
+            lane.dropped += small
+            self._counts["no_large_frame"] += not small
+            return
+        offset = self._offset(frame)
+        self._view[offset : offset + length] = payload
+        lane.queue.append(_Received(frame, length, verdict, pack_name(name), now_ns))
+
+    def _offset(self, frame: int) -> int:
+        if frame < self._small_frames:
+            return frame * self._frame_size
+        return self._small_frames * self._frame_size + (frame - self._small_frames) * _LARGE
+
+    def _shares(self, maximum: int) -> list[int]:
+        """How many of each lane go into a batch: each lane's share first, then from the top."""
+        left = maximum
+        counts: list[int] = []
+        for lane, entry in zip(self._lanes, self.policy.lanes, strict=True):
+            lane.credit = lane.credit + entry.share * maximum if lane.queue else 0.0
+            counts.append(min(int(lane.credit), len(lane.queue), left))
+            lane.credit -= counts[-1]
+            left -= counts[-1]
+        for number, lane in enumerate(self._lanes):
+            more = min(len(lane.queue) - counts[number], left)
+            counts[number] += more
+            left -= more
+        return counts
+
+    def _hand_out(self, maximum: int) -> Batch:
+        taken: list[_Received] = []
+        for number, count in enumerate(self._shares(maximum)):
+            lane = self._lanes[number]
+            taken.extend(lane.queue.popleft() for _ in range(count))
+            lane.delivered += count
+            self._held.update((received.frame, number) for received in taken[len(taken) - count :])
+        self._signal()
+        columns = self._spare.pop() if self._spare else _Columns(256)
+        if columns.memory.capacity < len(taken):
+            columns = _Columns(len(taken))
+        memory = columns.memory
+        memory.count = len(taken)
+        memory.data, memory.data_size = self._area_pointer, len(self._area)
+        memory.received_ns = time.monotonic_ns()
+        verdicts = [received.verdict for received in taken]
+        for column, code, values in (
+            (memory.offsets, "I", [self._offset(received.frame) for received in taken]),
+            (memory.lengths, "I", [received.length for received in taken]),
+            (memory.times, "Q", [received.time_ns for received in taken]),
+            (memory.addresses, "Q", [received.frame for received in taken]),
+            (memory.peers, "I", [verdict.peer for verdict in verdicts]),
+            (memory.lanes, "B", [verdict.lane or 0 for verdict in verdicts]),
+            (memory.kinds, "B", [verdict.kind for verdict in verdicts]),
+            (memory.classes, "B", [verdict.class_id for verdict in verdicts]),
+            (memory.services, "B", [verdict.service for verdict in verdicts]),
+        ):
+            packed = array(code, values)
+            ffi.memmove(column, packed, len(packed) * packed.itemsize)
+        sources = b"".join([received.source for received in taken])
+        ffi.memmove(memory.sources, sources, len(sources))
+        memory.columns_ready = memory.sources_ready = 1
+        self._in_use[int(ffi.cast("uintptr_t", memory))] = columns
+        return Batch(self, memory, len(taken))
+
+    def _signal(self) -> None:
+        """The event descriptor is readable exactly while datagrams are queued."""
+        queued = any(lane.queue for lane in self._lanes)
+        if queued and not self._signalled:
+            os.eventfd_write(self._event, 1)
+        elif self._signalled and not queued:
+            os.eventfd_read(self._event)
+        self._signalled = queued
+
+    # --- what a Batch needs of its backend
+
+    def fill_columns(self, memory: CData) -> None:
+        """Nothing to do: they are filled when received."""
+
+    def fill_sources(self, memory: CData) -> None:
+        """Nothing to do: they are filled when received."""
+
+    def take_back(self, memory: CData) -> None:
+        """A batch was released."""
+        for frame in ffi.unpack(memory.addresses, memory.count):
+            lane = self._lanes[self._held.pop(frame)]
+            if frame < self._small_frames:
+                lane.small -= 1
+                self._free_small.append(frame)
+            else:
+                lane.large -= 1
+                self._free_large.append(frame)
+        self._spare.append(self._in_use.pop(int(ffi.cast("uintptr_t", memory))))
+
+    def abandon(self, abandoned: Abandoned) -> None:
+        """A batch was dropped without release; its frames come back at the next receive."""
+        self._abandoned.append(abandoned)
+
+    # --- sending
+
+    def send(
+        self,
+        destination: tuple[Address | str, int],
+        payloads: Sequence[Buffer] | Batch,
+        *,
+        port: int | None = None,
+        timeout: float = 1.0,
+    ) -> int:
+        """As MmsgLanes.send."""
+        to = Destination.parse(destination)
+        try:
+            views = [memoryview(payload) for payload in payloads]
+        except TypeError:
+            raise UsageError("payloads are a sequence of bytes-like objects") from None
+        return self._send([(view, to) for view in views], port, timeout)
+
+    def send_back(self, batch: Batch, *, timeout: float = 1.0) -> int:
+        """As MmsgLanes.send_back."""
+        return self._send(
+            [(view, Destination.parse(batch.source(i))) for i, view in enumerate(batch)], None, timeout
+        )
+
+    def _send(self, datagrams: list[tuple[memoryview, Destination]], port: int | None, timeout: float) -> int:
+        self._opened()
+        failures, asynchronous = send_plain(self._socket_of(port), datagrams, timeout)
+        self.failures = tuple(failures)
+        sent = len(datagrams) - len(failures)
+        self._counts["sent"] += sent
+        self._counts["send_failed"] += len(failures)
+        self._counts["asynchronous"] += asynchronous
+        return sent
+
+    def _socket_of(self, port: int | None) -> socket.socket:
+        if port is None:
+            return self._sockets[0].socket
+        for service in self._sockets:
+            if service.port == port:
+                return service.socket
+        raise UsageError(f"no socket on port {port}", hint=f"ports are {[p for p, _ in self._sockets]}")
+
+    # --- the rest
+
+    @property
+    def policy(self) -> Policy:
+        """The policy in force."""
+        return self._classifier.policy
+
+    @property
+    def ports(self) -> tuple[int, ...]:
+        """The service ports that have a socket here."""
+        return tuple(port for port, _ in self._sockets)
+
+    def swap(self, policy: Policy) -> None:
+        """As MmsgLanes.swap."""
+        if policy.lane_names != self.policy.lane_names:
+            raise UsageError("the new policy has other lanes", hint="open the lanes anew")
+        self._classifier.swap(policy)
+
+    def status(self) -> dict[str, object]:
+        """What is in use, as plain values."""
+        return {"mode": self.mode, "ports": list(self.ports), "lanes": list(self.policy.lane_names)}
+
+    def statistics(self) -> SocketStatistics:
+        """As MmsgLanes.statistics."""
+        self._opened()
+        counts = self._counts
+        dropped = {name: counts[name] for name in ("truncated", "no_large_frame", "reply_failed")}
+        dropped["lane_full"] = sum(lane.dropped for lane in self._lanes)
+        return SocketStatistics(
+            received=counts["received"],
+            delivered=sum(lane.delivered for lane in self._lanes),
+            queued=sum(len(lane.queue) for lane in self._lanes),
+            replied=counts["replied"],
+            dropped={reason: count for reason, count in dropped.items() if count},
+            discarded=dict(self._verdicts),
+            overflowed=sum(socket_drops(sock) for _, sock in self._sockets),
+            errors=counts["errors"],
+            sent=counts["sent"],
+            send_failed=counts["send_failed"],
+            asynchronous_errors=counts["asynchronous"],
+            lanes=tuple(
+                LaneStatistics(
+                    name,
+                    lane.delivered,
+                    len(lane.queue),
+                    lane.small + lane.large - len(lane.queue),
+                    lane.dropped,
+                )
+                for name, lane in zip(self.policy.lane_names, self._lanes, strict=True)
+            ),
+        )
+
+    def census(self) -> dict[str, int]:
+        """How many frames are in each place; none is ever offered to the kernel here."""
+        queued = sum(len(lane.queue) for lane in self._lanes)
+        free = len(self._free_small) + len(self._free_large)
+        return {"free": free, "slot": 0, "queued": queued, "held": len(self._held)}
+
+    def close(self) -> None:
+        """Close the sockets.  Batches still held stay readable."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._epoll is not None:
+            self._epoll.close()
+            self._epoll = None
+        if self._event >= 0:
+            os.close(self._event)
+        for _, sock in getattr(self, "_sockets", ()):
+            sock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            self.close()

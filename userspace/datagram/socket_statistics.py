@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What became of the datagrams that came through kernel sockets; every one is in exactly one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class LaneStatistics:
+    """Datagrams of one lane: ``delivered`` ever, ``queued`` now, ``held`` by the application now."""
+
+    name: str
+    delivered: int
+    queued: int
+    held: int
+    dropped: int  # its quota was used up
+
+
+@dataclass(frozen=True, slots=True)
+class SocketStatistics:
+    """Counters since opening, in datagrams.
+
+    ``dropped`` has what the backend dropped, by reason: ``truncated`` (longer than
+    a frame), ``no_large_frame`` (all of its lane in use), ``lane_full`` (the lane's
+    quota is queued or held) and ``reply_failed`` (heartbeat not answered).
+    ``discarded`` has what the policy gave no lane, by the reasons of xdp.abi.REASONS.
+    ``overflowed`` never reached the backend: full socket buffers, bad checksums.
+    """
+
+    received: int
+    delivered: int
+    queued: int
+    replied: int
+    dropped: dict[str, int]
+    discarded: dict[str, int]
+    overflowed: int
+    errors: int
+    sent: int
+    send_failed: int
+    asynchronous_errors: int
+    lanes: tuple[LaneStatistics, ...]
+
+    @property
+    def balanced(self) -> bool:
+        """Whether received = delivered + queued + replied + dropped + discarded, as it always must be."""
+        gone = sum(self.dropped.values()) + sum(self.discarded.values())
+        return self.received == self.delivered + self.queued + self.replied + gone
+
+
+@dataclass(frozen=True, slots=True)
+class SendFailure:
+    """A datagram that was not sent: its index in the call and why (errno)."""
+
+    index: int
+    errno: int
