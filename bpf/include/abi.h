@@ -31,22 +31,22 @@
 #define SLUICE_ABI_VERSION 1
 
 #define SLUICE_BANKS 2
-#define SLUICE_MAX_LANES 8		/* lane 0 has the highest priority */
-#define SLUICE_MAX_SERVICES 32		/* service 0: not ours */
-#define SLUICE_MAX_CLASSES 16		/* class 0: nobody's prefix */
-#define SLUICE_MAX_KINDS 8		/* kind 0: no pattern matched */
-#define SLUICE_MAX_PATTERNS 16		/* patterns of one service */
+#define SLUICE_MAX_LANES 8     /* lane 0 has the highest priority */
+#define SLUICE_MAX_SERVICES 32 /* service 0: not ours */
+#define SLUICE_MAX_CLASSES 16  /* class 0: nobody's prefix */
+#define SLUICE_MAX_KINDS 8     /* kind 0: no pattern matched */
+#define SLUICE_MAX_PATTERNS 16 /* patterns of one service */
 #define SLUICE_MAX_QUEUES 64
-#define SLUICE_MAX_STRANGERS 65536	/* LRU: unknown remote addresses */
-#define SLUICE_MAX_KNOWN 131072		/* configured peers */
-#define SLUICE_MAX_PREFIXES 262144	/* per bank, both families */
-#define SLUICE_PREFIX_BUCKETS 16384	/* limits of stranger prefixes, a power of 2 */
+#define SLUICE_MAX_STRANGERS 65536  /* LRU: unknown remote addresses */
+#define SLUICE_MAX_KNOWN 131072     /* configured peers */
+#define SLUICE_MAX_PREFIXES 262144  /* per bank, both families */
+#define SLUICE_PREFIX_BUCKETS 16384 /* limits of stranger prefixes, a power of 2 */
 #define SLUICE_PORTS 65536
 
-#define SLUICE_PORTS_SIZE 131072	/* SLUICE_BANKS * SLUICE_PORTS */
-#define SLUICE_PATTERNS_SIZE 64		/* SLUICE_BANKS * SLUICE_MAX_SERVICES */
-#define SLUICE_RULES_SIZE 8192		/* BANKS * SERVICES * CLASSES * KINDS */
-#define SLUICE_XSKS_SIZE 512		/* SLUICE_MAX_QUEUES * SLUICE_MAX_LANES */
+#define SLUICE_PORTS_SIZE 131072 /* SLUICE_BANKS * SLUICE_PORTS */
+#define SLUICE_PATTERNS_SIZE 64  /* SLUICE_BANKS * SLUICE_MAX_SERVICES */
+#define SLUICE_RULES_SIZE 8192   /* BANKS * SERVICES * CLASSES * KINDS */
+#define SLUICE_XSKS_SIZE 512     /* SLUICE_MAX_QUEUES * SLUICE_MAX_LANES */
 
 /*
  * Why a packet went where it went.  Every packet gets exactly one of these;
@@ -54,55 +54,52 @@
  * REPLY) says what happened and is relied upon by everything that adds up.
  */
 enum sluice_reason {
-	SLUICE_PASS_TRUNCATED = 0,	/* ends before the header it announces */
-	SLUICE_PASS_NOT_IP = 1,		/* ARP, LLDP, any other ethertype */
-	SLUICE_PASS_VLAN_DEPTH = 2,	/* more than two VLAN tags */
-	SLUICE_PASS_IP_HEADER = 3,	/* version, IHL or length is wrong */
-	SLUICE_PASS_EXTENSION = 4,	/* IPv6 extension headers not understood */
-	SLUICE_PASS_FRAGMENT = 5,	/* any UDP fragment, policy says pass */
-	SLUICE_PASS_NOT_UDP = 6,	/* TCP, ICMP, ND, ... and their fragments */
-	SLUICE_PASS_UDP_LENGTH = 7,	/* UDP length contradicts the IP length */
-	SLUICE_PASS_NOT_OURS = 8,	/* no service on this port */
-	SLUICE_PASS_SOURCE = 9,		/* source address no host may have */
-	SLUICE_PASS_POLICY = 10,	/* the rule says pass, or no rule matches */
-	SLUICE_PASS_LANE = 11,		/* the lane ends in the kernel */
-	SLUICE_PASS_NO_SOCKET = 12,	/* nobody has opened that lane here */
-	SLUICE_DROP_FRAGMENT = 13,	/* UDP fragment, policy says drop */
-	SLUICE_DROP_DENIED = 14,	/* the peer's class is denied */
-	SLUICE_DROP_POLICY = 15,	/* the rule says drop */
+	SLUICE_PASS_TRUNCATED = 0,  /* ends before the header it announces */
+	SLUICE_PASS_NOT_IP = 1,     /* ARP, LLDP, any other ethertype */
+	SLUICE_PASS_VLAN_DEPTH = 2, /* more than two VLAN tags */
+	SLUICE_PASS_IP_HEADER = 3,  /* version, IHL or length is wrong */
+	SLUICE_PASS_EXTENSION = 4,  /* IPv6 extension headers not understood */
+	SLUICE_PASS_FRAGMENT = 5,   /* any UDP fragment, policy says pass */
+	SLUICE_PASS_NOT_UDP = 6,    /* TCP, ICMP, ND, ... and their fragments */
+	SLUICE_PASS_UDP_LENGTH = 7, /* UDP length contradicts the IP length */
+	SLUICE_PASS_NOT_OURS = 8,   /* no service on this port */
+	SLUICE_PASS_SOURCE = 9,     /* source address no host may have */
+	SLUICE_PASS_POLICY = 10,    /* the rule says pass, or no rule matches */
+	SLUICE_PASS_LANE = 11,      /* the lane ends in the kernel */
+	SLUICE_PASS_NO_SOCKET = 12, /* nobody has opened that lane here */
+	SLUICE_DROP_FRAGMENT = 13,  /* UDP fragment, policy says drop */
+	SLUICE_DROP_DENIED = 14,    /* the peer's class is denied */
+	SLUICE_DROP_POLICY = 15,    /* the rule says drop */
 	SLUICE_DROP_PEER_LIMIT = 16,
 	SLUICE_DROP_PREFIX_LIMIT = 17,
 	SLUICE_DROP_LANE_LIMIT = 18,
-	SLUICE_STEER = 19,		/* given to the lane's AF_XDP socket */
-	SLUICE_STEER_DEMOTED = 20,	/* the same, in a lower lane */
-	SLUICE_PASS_DEMOTED = 21,	/* lower lane, which ends in the kernel */
-	SLUICE_REPLY = 22,		/* heartbeat answered here */
+	SLUICE_STEER = 19,         /* given to the lane's AF_XDP socket */
+	SLUICE_STEER_DEMOTED = 20, /* the same, in a lower lane */
+	SLUICE_PASS_DEMOTED = 21,  /* lower lane, which ends in the kernel */
+	SLUICE_REPLY = 22,         /* heartbeat answered here */
 	SLUICE_REASONS = 23
 };
 
 /* One row per lane and one for packets that no lane was chosen for. */
-#define SLUICE_COUNTER_ROWS 9		/* SLUICE_MAX_LANES + 1 */
-#define SLUICE_NO_LANE 8		/* the last row */
-#define SLUICE_VERDICTS_SIZE 207	/* SLUICE_COUNTER_ROWS * SLUICE_REASONS */
+#define SLUICE_COUNTER_ROWS 9    /* SLUICE_MAX_LANES + 1 */
+#define SLUICE_NO_LANE 8         /* the last row */
+#define SLUICE_VERDICTS_SIZE 207 /* SLUICE_COUNTER_ROWS * SLUICE_REASONS */
 
 enum sluice_action {
-	SLUICE_ACTION_PASS = 0,		/* zero, so that no rule means pass */
+	SLUICE_ACTION_PASS = 0, /* zero, so that no rule means pass */
 	SLUICE_ACTION_LANE = 1,
 	SLUICE_ACTION_DROP = 2,
-	SLUICE_ACTION_DENY = 3,		/* drop, before any limit is touched */
-	SLUICE_ACTION_REPLY = 4		/* heartbeat; what is none goes to .lane */
+	SLUICE_ACTION_DENY = 3, /* drop, before any limit is touched */
+	SLUICE_ACTION_REPLY = 4 /* heartbeat; what is none goes to .lane */
 };
 
 /* What happens to a packet over its limit. */
-enum sluice_over {
-	SLUICE_OVER_DROP = 0,
-	SLUICE_OVER_DEMOTE = 1
-};
+enum sluice_over { SLUICE_OVER_DROP = 0, SLUICE_OVER_DEMOTE = 1 };
 
 /* struct sluice_lane.end */
 enum sluice_lane_end {
-	SLUICE_END_SOCKET = 0,		/* AF_XDP */
-	SLUICE_END_KERNEL = 1		/* counted and limited, then XDP_PASS */
+	SLUICE_END_SOCKET = 0, /* AF_XDP */
+	SLUICE_END_KERNEL = 1  /* counted and limited, then XDP_PASS */
 };
 
 /* struct sluice_policy.flags */
@@ -120,7 +117,7 @@ struct sluice_limit {
 };
 
 struct sluice_address {
-	__u32 word[4];			/* network order */
+	__u32 word[4]; /* network order */
 };
 
 /* map "generation", array[1]: the only thing written to swap a policy */
@@ -130,8 +127,8 @@ struct sluice_generation {
 
 struct sluice_lane {
 	struct sluice_limit limit;
-	__u8 end;			/* enum sluice_lane_end */
-	__u8 over;			/* enum sluice_over */
+	__u8 end;  /* enum sluice_lane_end */
+	__u8 over; /* enum sluice_over */
 	__u8 demote_lane;
 	__u8 reserved[5];
 };
@@ -139,7 +136,7 @@ struct sluice_lane {
 /* map "policies", array[SLUICE_BANKS] */
 struct sluice_policy {
 	__u32 flags;
-	__u8 stranger_bits_v4;		/* width of a stranger's prefix bucket */
+	__u8 stranger_bits_v4; /* width of a stranger's prefix bucket */
 	__u8 stranger_bits_v6;
 	__u8 reserved[2];
 	struct sluice_lane lane[SLUICE_MAX_LANES];
@@ -147,8 +144,8 @@ struct sluice_policy {
 
 /* map "ports", array[SLUICE_PORTS_SIZE]: bank * SLUICE_PORTS + port */
 struct sluice_port {
-	__u8 service;			/* 0: not ours */
-	__u8 patterns;			/* how many patterns the service has */
+	__u8 service;  /* 0: not ours */
+	__u8 patterns; /* how many patterns the service has */
 	__u8 reserved[2];
 };
 
@@ -175,13 +172,13 @@ struct sluice_patterns {
  * ((bank * MAX_SERVICES + service) * MAX_CLASSES + class) * MAX_KINDS + kind
  */
 struct sluice_rule {
-	__u8 action;			/* enum sluice_action */
+	__u8 action; /* enum sluice_action */
 	__u8 lane;
-	__u8 over;			/* for the peer and prefix limits */
+	__u8 over; /* for the peer and prefix limits */
 	__u8 demote_lane;
 	__u8 reserved[4];
 	struct sluice_limit peer;
-	struct sluice_limit prefix;	/* strangers only, shared by their prefix */
+	struct sluice_limit prefix; /* strangers only, shared by their prefix */
 };
 
 /* maps "prefixes_0" and "prefixes_1", LPM tries, one per bank; IPv4 is /96 and up */
@@ -200,14 +197,14 @@ struct sluice_prefix_class {
  * be torn apart; a stamp of another generation means: ask the trie again.
  */
 struct sluice_peer {
-	__u64 tat_ns;			/* GCRA, theoretical arrival time */
+	__u64 tat_ns; /* GCRA, theoretical arrival time */
 	__u64 class_stamp;
 	__u64 packets;
-	__u64 bytes;			/* of whole frames */
+	__u64 bytes; /* of whole frames */
 	__u64 drops;
-	__u64 last_seen_ns;		/* CLOCK_MONOTONIC */
+	__u64 last_seen_ns; /* CLOCK_MONOTONIC */
 	__u64 first_seen_ns;
-	__u32 id;			/* configured peer's number, 0: stranger */
+	__u32 id; /* configured peer's number, 0: stranger */
 	__u32 reserved;
 };
 
@@ -218,19 +215,27 @@ struct sluice_bucket {
 
 struct sluice_count {
 	__u64 packets;
-	__u64 bytes;			/* of whole frames, without FCS */
+	__u64 bytes; /* of whole frames, without FCS */
 };
 
-/* map "counters", per-CPU array[1] */
+/*
+ * map "counters", array[possible CPUs], can be mapped: each CPU writes its own
+ * row only, readers add the rows up.  What adds up:
+ *   seen = sum of all verdicts
+ *   lane_seen[l] + demoted_to[l] - demoted_from[l] = sum of the verdicts of row l
+ * The size is a multiple of a cache line (64), so that CPUs share none.
+ */
 struct sluice_counters {
-	struct sluice_count seen;	/* every packet, at entry */
-	struct sluice_count lane_seen[SLUICE_MAX_LANES];	/* a rule chose the lane, before limits */
-	struct sluice_count verdict[SLUICE_VERDICTS_SIZE];	/* row * SLUICE_REASONS + reason */
+	struct sluice_count seen;                        /* every packet, at entry */
+	struct sluice_count lane_seen[SLUICE_MAX_LANES]; /* a rule chose the lane, before limits */
+	struct sluice_count verdict[SLUICE_VERDICTS_SIZE]; /* row * SLUICE_REASONS + reason */
 	__u64 demoted_from[SLUICE_MAX_LANES];
-	__u64 strangers_created;	/* minus those present: evicted */
-	__u64 strangers_refused;	/* the LRU had no slot to give */
-	__u64 metadata_refused;		/* driver without room for metadata */
-	__u64 limit_contended;		/* compare-and-swap lost too often, treated as over */
+	__u64 demoted_to[SLUICE_MAX_LANES];
+	__u64 strangers_created; /* minus those present: evicted */
+	__u64 strangers_refused; /* the LRU had no slot to give */
+	__u64 metadata_refused;  /* driver without room for metadata */
+	__u64 limit_contended;   /* compare-and-swap lost too often, treated as over */
+	__u64 reserved[4];
 };
 
 /*
@@ -239,9 +244,9 @@ struct sluice_counters {
  */
 struct sluice_meta {
 	__u32 cookie;
-	__u32 peer;			/* struct sluice_peer.id */
-	__u64 time_ns;			/* CLOCK_MONOTONIC at program entry */
-	__u16 payload_offset;		/* from the start of the frame */
+	__u32 peer;           /* struct sluice_peer.id */
+	__u64 time_ns;        /* CLOCK_MONOTONIC at program entry */
+	__u16 payload_offset; /* from the start of the frame */
 	__u16 payload_length;
 	__u8 lane;
 	__u8 service;
@@ -254,7 +259,7 @@ struct sluice_meta {
  * where it matters to others (magic); the rest is the sender's own and comes
  * back unchanged.  A reply differs in type alone and is never answered.
  */
-#define SLUICE_HEARTBEAT_MAGIC 0x534c4842	/* "SLHB" */
+#define SLUICE_HEARTBEAT_MAGIC 0x534c4842 /* "SLHB" */
 #define SLUICE_HEARTBEAT_PROBE 1
 #define SLUICE_HEARTBEAT_REPLY 2
 
@@ -264,7 +269,7 @@ struct sluice_heartbeat {
 	__u8 reserved[3];
 	__u64 sequence;
 	__u64 time_ns;
-	__u64 cookie;			/* the sender's: makes blind replies useless */
+	__u64 cookie; /* the sender's: makes blind replies useless */
 };
 
 #endif /* SLUICE_ABI_H */

@@ -1,0 +1,255 @@
+// SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
+/*
+ * Decides about every packet before the network stack sees it:
+ *
+ *   parse -> service -> peer -> policy -> limit -> count -> lane
+ *
+ * and ends in one verdict: steered into a lane's AF_XDP socket, passed to the
+ * kernel, dropped, or answered.  abi.h lists the verdicts.  Only UDP ports that
+ * the policy names are ever steered or dropped (fragments, if it says so, are
+ * the one exception): the operator's SSH, ARP, ND and routing are never touched.
+ *
+ * The loader (xdp/compile.py) gives:
+ *   SLUICE_CPUS    number of possible CPUs
+ *   SLUICE_COOKIE  marks frames that carry metadata, drawn at random
+ *   SLUICE_SALT    of the prefix hash, drawn at random
+ *   SLUICE_BENCH_RANDOM_PEERS  (bench only) draw each packet's source among 2^n
+ */
+#include <uapi/linux/bpf.h>
+#include "abi.h"
+#include "count.h"
+#include "parse.h"
+#include "peer.h"
+#include "policy.h"
+#include "limit.h"
+#include "reply.h"
+
+BPF_XSKMAP(xsks, SLUICE_XSKS_SIZE);
+
+/* What is known about a packet once its service is; passed between the steps. */
+struct decision {
+	u64 now;
+	struct sluice_policy *policy;
+	struct sluice_rule *rule;
+	struct sluice_peer *peer;
+	struct sluice_counters *row;
+	u32 lane;
+	u8 service;
+	u8 kind;
+	u8 class_id;
+	u8 demoted;
+};
+
+/* over_limits() found nothing to object to */
+#define WITHIN_LIMITS (-1)
+
+/*
+ * Peer, then a stranger's prefix, then lane; the first that is over decides.
+ * may_demote: to a lower lane where the rule or the lane says so.  Returns the
+ * reason of the drop or WITHIN_LIMITS; may change decision->lane.
+ */
+static __always_inline int over_limits(const struct packet *packet, struct decision *decision,
+				       int may_demote)
+{
+	struct sluice_rule *rule = decision->rule;
+	struct sluice_lane *lane;
+	int reason = WITHIN_LIMITS;
+	u32 over = rule->over;
+	u32 demote_lane = rule->demote_lane;
+	u64 *tat;
+
+	if (decision->peer &&
+	    limit_over(&decision->peer->tat_ns, &rule->peer, decision->now, decision->row)) {
+		reason = SLUICE_DROP_PEER_LIMIT;
+	} else if (rule->prefix.interval_ns && (!decision->peer || !decision->peer->id)) {
+		tat = limit_prefix_bucket(packet, decision->policy);
+		if (tat && limit_over(tat, &rule->prefix, decision->now, decision->row))
+			reason = SLUICE_DROP_PREFIX_LIMIT;
+	}
+	lane = &decision->policy->lane[decision->lane & (SLUICE_MAX_LANES - 1)];
+	if (reason == WITHIN_LIMITS) {
+		if (!lane->limit.interval_ns)
+			return WITHIN_LIMITS;
+		tat = limit_lane_bucket(decision->lane);
+		if (!tat || !limit_over(tat, &lane->limit, decision->now, decision->row))
+			return WITHIN_LIMITS;
+		reason = SLUICE_DROP_LANE_LIMIT;
+		over = lane->over;
+		demote_lane = lane->demote_lane;
+	}
+	if (!may_demote || over != SLUICE_OVER_DEMOTE)
+		return reason;
+
+	decision->row->demoted_from[decision->lane & (SLUICE_MAX_LANES - 1)]++;
+	decision->lane = demote_lane & (SLUICE_MAX_LANES - 1);
+	decision->row->demoted_to[decision->lane]++;
+	decision->demoted = 1;
+	lane = &decision->policy->lane[decision->lane];
+	tat = limit_lane_bucket(decision->lane);
+	if (tat && limit_over(tat, &lane->limit, decision->now, decision->row))
+		return SLUICE_DROP_LANE_LIMIT;
+	return WITHIN_LIMITS;
+}
+
+/* Below the packet, where the reader of the frame finds it. */
+static __always_inline int write_metadata(struct xdp_md *ctx, const struct packet *packet,
+					  const struct decision *decision)
+{
+	struct sluice_meta *meta;
+
+	if (bpf_xdp_adjust_meta(ctx, -(int)sizeof(*meta)))
+		return 0;
+	meta = (void *)(long)ctx->data_meta;
+	if ((void *)(meta + 1) > (void *)(long)ctx->data)
+		return 0;
+	meta->cookie = SLUICE_COOKIE;
+	meta->peer = decision->peer ? decision->peer->id : 0;
+	meta->time_ns = decision->now;
+	meta->payload_offset = packet->payload_offset;
+	meta->payload_length = packet->payload_length;
+	meta->lane = decision->lane;
+	meta->service = decision->service;
+	meta->kind = decision->kind;
+	meta->class_id = decision->class_id;
+	return 1;
+}
+
+/* Hands the packet to its lane; returns the reason, and the action through *action. */
+static __always_inline int enter_lane(struct xdp_md *ctx, const struct packet *packet,
+				      struct decision *decision, int *action)
+{
+	u32 queue = ctx->rx_queue_index;
+	int metadata;
+
+	if (decision->policy->lane[decision->lane & (SLUICE_MAX_LANES - 1)].end ==
+	    SLUICE_END_KERNEL)
+		return decision->demoted ? SLUICE_PASS_DEMOTED : SLUICE_PASS_LANE;
+	if (queue >= SLUICE_MAX_QUEUES)
+		return SLUICE_PASS_NO_SOCKET;
+	metadata = write_metadata(ctx, packet, decision);
+	if (!metadata)
+		decision->row->metadata_refused++;
+	/* The flags are the action for an empty slot (Linux 5.3 and later). */
+	*action = xsks.redirect_map(queue * SLUICE_MAX_LANES + decision->lane, XDP_PASS);
+	if (*action == XDP_REDIRECT)
+		return decision->demoted ? SLUICE_STEER_DEMOTED : SLUICE_STEER;
+	/* Nobody reads metadata in the kernel, and it would keep GRO from merging. */
+	if (metadata)
+		bpf_xdp_adjust_meta(ctx, sizeof(struct sluice_meta));
+	*action = XDP_PASS;
+	return SLUICE_PASS_NO_SOCKET;
+}
+
+/* A packet of one of our services: returns the reason, sets lane and *action. */
+static __always_inline int decide(struct xdp_md *ctx, const struct frame *frame,
+				  const struct packet *packet, struct decision *decision,
+				  int *action)
+{
+	int reason, probe;
+
+	switch (decision->rule->action) {
+	case SLUICE_ACTION_LANE:
+		probe = 0;
+		break;
+	case SLUICE_ACTION_REPLY:
+		probe = is_probe(frame, packet);
+		break;
+	case SLUICE_ACTION_DENY:
+		*action = XDP_DROP;
+		return SLUICE_DROP_DENIED;
+	case SLUICE_ACTION_DROP:
+		*action = XDP_DROP;
+		return SLUICE_DROP_POLICY;
+	default:
+		return SLUICE_PASS_POLICY;
+	}
+	decision->lane = decision->rule->lane & (SLUICE_MAX_LANES - 1);
+	count_add(&decision->row->lane_seen[decision->lane], frame->end - frame->data);
+	reason = over_limits(packet, decision, !probe);
+	if (reason != WITHIN_LIMITS) {
+		*action = XDP_DROP;
+		return reason;
+	}
+	if (probe && make_reply(frame, packet)) {
+		*action = XDP_TX;
+		return SLUICE_REPLY;
+	}
+	return enter_lane(ctx, packet, decision, action);
+}
+
+int sluice_steer(struct xdp_md *ctx)
+{
+	struct frame frame = {
+		.data = (void *)(long)ctx->data,
+		.end = (void *)(long)ctx->data_end,
+	};
+	struct decision decision = {
+		.lane = SLUICE_NO_LANE,
+	};
+	struct sluice_generation *newest;
+	struct sluice_port *port;
+	struct packet *packet;
+	u32 length = frame.end - frame.data;
+	u32 cpu = bpf_get_smp_processor_id();
+	u32 zero = 0, bank;
+	u64 number;
+	int action = XDP_PASS, reason;
+
+	decision.row = counters.lookup(&cpu);
+	packet = scratch.lookup(&cpu);
+	if (!decision.row || !packet)
+		return XDP_PASS;
+	count_add(&decision.row->seen, length);
+
+	/* Read once: everything below belongs to this generation. */
+	newest = generation.lookup(&zero);
+	if (!newest)
+		return XDP_PASS;
+	number = *(volatile u64 *)&newest->number;
+	bank = number & (SLUICE_BANKS - 1);
+	decision.policy = policies.lookup(&bank);
+	if (!decision.policy)
+		return XDP_PASS;
+
+	reason = parse_frame(&frame, packet);
+	if (reason != PARSE_UDP) {
+		if (reason == SLUICE_PASS_FRAGMENT &&
+		    decision.policy->flags & SLUICE_POLICY_DROP_FRAGMENTS) {
+			reason = SLUICE_DROP_FRAGMENT;
+			action = XDP_DROP;
+		}
+		goto out;
+	}
+
+	port = policy_port(bank, packet->destination_port);
+	if (!port || !port->service) {
+		reason = SLUICE_PASS_NOT_OURS;
+		goto out;
+	}
+	if (is_impossible_source(packet)) {
+		reason = SLUICE_PASS_SOURCE;
+		goto out;
+	}
+#ifdef SLUICE_BENCH_RANDOM_PEERS
+	packet->source.word[3] =
+		bpf_htonl(0x0a000000 | (bpf_get_prandom_u32() & (SLUICE_BENCH_RANDOM_PEERS - 1)));
+#endif
+
+	decision.now = bpf_ktime_get_ns();
+	decision.service = port->service;
+	decision.peer = peer_find(&packet->source, decision.now, decision.row);
+	decision.class_id = peer_class(decision.peer, &packet->source, number, bank);
+	peer_count(decision.peer, decision.now, length);
+
+	decision.kind = policy_kind(&frame, packet, bank, port);
+	decision.rule = policy_rule(bank, decision.service, decision.class_id, decision.kind);
+	if (decision.rule)
+		reason = decide(ctx, &frame, packet, &decision, &action);
+	else
+		reason = SLUICE_PASS_POLICY;
+	if (action == XDP_DROP)
+		peer_count_drop(decision.peer);
+out:
+	count_verdict(decision.row, decision.lane, reason, length);
+	return action;
+}
