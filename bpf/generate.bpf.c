@@ -41,7 +41,7 @@ BPF_ARRAY(templates, struct sluice_generate_template, SLUICE_GENERATE_TEMPLATES)
 struct progress {
 	__u64 now;
 	__u32 calls;
-	__u32 turn;	/* where the search for a due stream begins: none starves another */
+	__u32 turn; /* where the search for a due stream begins: none starves another */
 };
 BPF_ARRAY(progresses, struct progress, 1);
 
@@ -59,8 +59,8 @@ static __always_inline __u64 mix(__u64 x)
 
 static __always_inline __u64 words(__u64 value)
 {
-	return (value & 0xffff) + ((value >> 16) & 0xffff) +
-	       ((value >> 32) & 0xffff) + (value >> 48);
+	return (value & 0xffff) + ((value >> 16) & 0xffff) + ((value >> 32) & 0xffff) +
+	       (value >> 48);
 }
 
 /* RFC 1071: fold the carries in, complement. */
@@ -76,12 +76,13 @@ static __always_inline __u16 checksum(__u64 sum)
  * A place of the given width in the template's frame.  The offset is checked for
  * the verifier; user space never writes one out of bounds.
  */
-#define FIELD(template, offset, type) \
-	((offset) > SLUICE_GENERATE_FRAME - sizeof(type) ? NULL : \
-	 (type *)((template)->frame + (offset)))
+#define FIELD(template, offset, type)                       \
+	((offset) <= SLUICE_GENERATE_FRAME - sizeof(type) ? \
+		 (type *)((template)->frame + (offset)) :   \
+		 NULL)
 
-static __always_inline void put16(struct sluice_generate_template *template,
-				  __u32 offset, __u16 value)
+static __always_inline void put16(struct sluice_generate_template *template, __u32 offset,
+				  __u16 value)
 {
 	__u16 *field = FIELD(template, offset, __u16);
 

@@ -406,12 +406,14 @@ def _remove_locked(name: str) -> None:
         path = NETNS_DIRECTORY / namespace
         if not path.exists():
             continue
-        # A process inside keeps a namespace alive, so the cable is cut by hand.  A file that no
-        # namespace is mounted on (killed between the two) makes this fail, and is only unlinked.
-        with suppress(NetlinkError, OSError), _route(namespace) as route:
-            for interface in (SERVER_INTERFACE, CLIENT_INTERFACE):
-                for index in route.link_lookup(ifname=interface):
-                    route.link("del", index=index)
+        # Killed while building, it left a file that no namespace is mounted on.
+        mounted = path.stat().st_dev != path.parent.stat().st_dev
+        if mounted:
+            # A process inside keeps a namespace alive, so the cable is cut by hand.
+            with suppress(NetlinkError), _route(namespace) as route:
+                for interface in (SERVER_INTERFACE, CLIENT_INTERFACE):
+                    for index in route.link_lookup(ifname=interface):
+                        route.link("del", index=index)
         netns.remove(namespace)
     remove_marker(name)
 

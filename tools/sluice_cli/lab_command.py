@@ -12,7 +12,7 @@ from pyroute2 import netns
 
 from sluice_cli.lab import NETNS_DIRECTORY, Host, Lab, reclaim, remove
 from sluice_cli.lab_state import Marker, check_name, locked, namespace_names, read_marker, read_markers
-from sluice_cli.output import Output, Table, common_options
+from sluice_cli.output import Output, Table, common_options, examples
 from xdp.errors import BusyError, UsageError
 
 DEFAULT_NAME: Final = "default"
@@ -22,35 +22,34 @@ _name_option = click.option(
 )
 
 
-@click.group()
+@click.group(
+    epilog=examples("""
+        sudo sluice lab up --queues 2
+        sudo sluice lab shell                         a shell on the client
+        sudo sluice lab shell --host server -- ip address
+        sudo sluice lab down
+    """)
+)
 def lab_command() -> None:
     """Make two hosts on this machine to try things on.
 
     Two network namespaces joined by a veth cable: the server, where a program is attached, and the client,
     where traffic comes from.  Both have IPv4 and IPv6.  Nothing of the machine's own network is touched.
-
-    \b
-    Examples:
-      sudo sluice lab up --queues 2
-      sudo sluice lab shell                         a shell on the client
-      sudo sluice lab shell --host server -- ip address
-      sudo sluice lab down
     """
 
 
-@lab_command.command()
+@lab_command.command(
+    epilog=examples("""
+        sudo sluice lab up
+        sudo sluice lab up --name second --queues 4 --json
+    """)
+)
 @_name_option
 @click.option("--queues", type=click.IntRange(1, 64), default=1, show_default=True, help="Of each end.")
 @click.option("--static-neighbours", is_flag=True, help="No ARP and no neighbour discovery between the two.")
 @common_options
 def up(output: Output, name: str, queues: int, static_neighbours: bool) -> None:
-    """Make a lab that stays until `sluice lab down`; does nothing when it is there already.
-
-    \b
-    Examples:
-      sudo sluice lab up
-      sudo sluice lab up --name second --queues 4 --json
-    """
+    """Make a lab that stays until `sluice lab down`; does nothing when it is there already."""
     existing = _usable(check_name(name))
     if existing is None:
         lab = Lab(name, queues=queues, persistent=True, static_neighbours=static_neighbours)
@@ -66,18 +65,17 @@ def up(output: Output, name: str, queues: int, static_neighbours: bool) -> None:
     output.report(document, lambda: _show(output, lab, created=existing is None))
 
 
-@lab_command.command()
+@lab_command.command(
+    epilog=examples("""
+        sudo sluice lab down
+        sudo sluice lab down --all
+    """)
+)
 @_name_option
 @click.option("--all", "everything", is_flag=True, help="Every lab that was made with `sluice lab up`.")
 @common_options
 def down(output: Output, name: str, everything: bool) -> None:
-    """Remove a lab.  Processes that run in it are left alone, without a network.
-
-    \b
-    Examples:
-      sudo sluice lab down
-      sudo sluice lab down --all
-    """
+    """Remove a lab.  Processes that run in it are left alone, without a network."""
     names = [name]
     if everything:
         reclaim()
@@ -93,7 +91,12 @@ def down(output: Output, name: str, everything: bool) -> None:
     output.report({"removed": removed}, lambda: _show_removed(output, names, removed))
 
 
-@lab_command.command()
+@lab_command.command(
+    epilog=examples("""
+        sudo sluice lab shell
+        sudo sluice lab shell --host server -- ethtool -S srv0
+    """)
+)
 @_name_option
 @click.option("--host", type=click.Choice(["client", "server"]), default="client", show_default=True,
               help="Which of the two.")  # fmt: skip
@@ -103,11 +106,6 @@ def shell(output: Output, name: str, host: str, command: tuple[str, ...]) -> int
     """Run a shell, or COMMAND, on a host of the lab; the exit code is its own.
 
     Only the network is the host's: files, /sys and a mounted bpffs are this machine's.
-
-    \b
-    Examples:
-      sudo sluice lab shell
-      sudo sluice lab shell --host server -- ethtool -S srv0
     """
     lab = Lab.open(name)
     where = lab.server if host == "server" else lab.client
@@ -131,16 +129,16 @@ def shell(output: Output, name: str, host: str, command: tuple[str, ...]) -> int
     return code if code >= 0 else 128 - code
 
 
-@lab_command.command(name="list")
+@lab_command.command(
+    name="list",
+    epilog=examples("""
+        sluice lab list
+        sluice lab list --json
+    """),
+)
 @common_options
 def list_(output: Output) -> None:
-    """List the labs of this machine, those of running tests and demos too.
-
-    \b
-    Examples:
-      sluice lab list
-      sluice lab list --json
-    """
+    """List the labs of this machine, those of running tests and demos too."""
     markers, errors = read_markers()
     documents = [
         {

@@ -26,7 +26,7 @@ import click
 
 from sluice_cli.lab import NETNS_DIRECTORY, Lab
 from sluice_cli.lab_state import read_markers
-from sluice_cli.output import Output, common_options
+from sluice_cli.output import Output, common_options, examples
 from sluice_cli.pcap import Capture, CapturedDatagram
 from xdp.errors import SluiceError, UsageError
 
@@ -367,7 +367,13 @@ def _scope(name: str) -> int:
         raise UsageError(f"no interface {name!r}", hint="the lab's client has cli0") from None
 
 
-@click.command()
+@click.command(
+    epilog=examples("""
+        sudo sluice replay shreds.pcap --lab default --to 10.81.0.1:8001
+        sudo sluice replay shreds.pcapng --lab default --to fd81::1 --map 46049=8001 --pace 20k
+        sluice replay dns.pcap --to 127.0.0.1:5353 --pace flat --loop --count 100000 --json
+    """)
+)
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--to", required=True, metavar="ADDR[:PORT]", help="Destination; without PORT: as captured.")
 @click.option("--map", "mapped", multiple=True, metavar="FROM=TO", help="Send what was for port FROM to TO.")
@@ -392,14 +398,7 @@ def replay(
     source_port: str,
     allow_any: bool,
 ) -> None:
-    """Send the UDP datagrams of FILE (pcap or pcapng) to an address of the lab.
-
-    \b
-    Examples:
-      sudo sluice replay shreds.pcap --lab default --to 10.81.0.1:8001
-      sudo sluice replay shreds.pcapng --lab default --to fd81::1 --map 46049=8001 --pace 20k
-      sluice replay dns.pcap --to 127.0.0.1:5353 --pace flat --loop --count 100000 --json
-    """
+    """Send the UDP datagrams of FILE (pcap or pcapng) to an address of the lab."""
     address, port = parse_target(to)
     ports = parse_ports(mapped)
     if port is not None and ports:

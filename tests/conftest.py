@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures that several rooms of tests share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sluice_cli.lab import Lab
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def make_lab() -> Iterator[Callable[..., Lab]]:
+    """Make labs with the arguments of `Lab`; all are gone at the end of the test."""
+    with ExitStack() as stack:
+        yield lambda *args, **options: stack.enter_context(Lab(*args, **options))
+
+
+@pytest.fixture
+def lab(make_lab: Callable[..., Lab]) -> Lab:
+    """Two hosts, one queue, nothing attached to the server's end."""
+    return make_lab()
+
+
+@pytest.fixture(scope="session")
+def vectors() -> Path:
+    """The folder with real captures; SLUICE_VECTORS, or ../shared/vectors next to the repository."""
+    folder = Path(os.environ.get("SLUICE_VECTORS", ROOT.parent / "shared" / "vectors"))
+    if not folder.is_dir():
+        pytest.skip(f"no test vectors in {folder} (set SLUICE_VECTORS)")
+    return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is marked root or bpf, or asks for a lab, needs root; says so instead of failing one by one."""
+    if os.geteuid() == 0:
+        return
+    reason: Any = pytest.mark.skip(reason="needs root: run the tests with sudo")
+    for item in items:
+        marked = item.get_closest_marker("root") or item.get_closest_marker("bpf")
+        if marked or "make_lab" in getattr(item, "fixturenames", ()):
+            item.add_marker(reason)
