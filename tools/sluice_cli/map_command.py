@@ -97,8 +97,7 @@ def dump(output: Output, name: str, interface: str | None, everything: bool, per
 
     def text() -> None:
         if rows:
-            for table in tables(rows, view.names, everything=everything):
-                output.table(table)
+            output.tables(tables(rows, view.names, everything=everything))
         else:
             output.line(f"{name} has no entries" + (" in use" if hidden else ""))
         if hidden:
@@ -238,8 +237,7 @@ def _report_row(output: Output, view: MapView, row: Row) -> None:
     document = _head(view.loaded, view) | row.document()
 
     def text() -> None:
-        for table in tables([row], view.names):
-            output.table(table)
+        output.tables(tables([row], view.names))
 
     output.report(document, text)
 

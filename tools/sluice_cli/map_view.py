@@ -168,7 +168,7 @@ class MapView:
         if self.info.type == lib.BPF_MAP_TYPE_XSKMAP:
             raise UnsupportedError(
                 f"the kernel doesn't show which sockets are in {self.name}",
-                hint="`sluice lanes` counts the AF_XDP sockets of the interface",
+                hint="`sluice lanes` shows which lanes nobody reads: their packets count as pass_no_socket",
             )
 
     def memory(self) -> int | None:

@@ -38,8 +38,9 @@ class Table:
 
     def lines(self) -> Iterator[str]:
         """The table in plain text, columns two spaces apart, no trailing blanks."""
-        cells = [list(self.columns), *map(list, self.rows)]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(self.columns))]
+        head = [list(self.columns)] if any(self.columns) else []
+        cells = [*head, *map(list, self.rows)]
+        widths = [max((len(row[i]) for row in cells), default=0) for i in range(len(self.columns))]
         if self.title:
             yield self.title
         for row in cells:
@@ -107,6 +108,13 @@ class Output:
             for line in table.lines():
                 click.echo(line)
 
+    def tables(self, tables: Iterable[Table]) -> None:
+        """Several tables with an empty line between them (rich leaves one below each by itself)."""
+        for i, table in enumerate(tables):
+            if i and not sys.stdout.isatty():
+                click.echo()
+            self.table(table)
+
     def watch(self, frames: Iterable[tuple[Mapping[str, object], Sequence[Table]]]) -> None:
         """Show frame after frame: redrawn on a terminal, else one after another (a line each with --json)."""
         if self.json:
@@ -121,9 +129,8 @@ class Output:
                     live.update(Group(*map(_rich_table, tables)), refresh=True)
         else:
             for _, tables in frames:
-                for table in tables:
-                    self.table(table)
-                click.echo("", nl=True)
+                self.tables(tables)
+                click.echo()
                 sys.stdout.flush()
 
     def _console(self) -> Any:
@@ -137,7 +144,13 @@ def _rich_table(table: Table) -> Any:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    made = RichTable(box=box.SIMPLE_HEAD, title=table.title or None, title_justify="left", pad_edge=False)
+    made = RichTable(
+        box=box.SIMPLE_HEAD,
+        title=table.title or None,
+        title_justify="left",
+        pad_edge=False,
+        show_header=any(table.columns),
+    )
     for i, column in enumerate(table.columns):
         made.add_column(column, justify="right" if i in table.right else "left", overflow="fold")
     for i, row in enumerate(table.rows):
