@@ -42,15 +42,17 @@ def read_text(path: Path, place: Place, limit: int) -> str:
         raise place.error("the file name holds a NUL") from None
     except OSError as error:
         raise place.error(_open_failure(error)) from None
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            what = "is a directory" if stat.S_ISDIR(status.st_mode) else "is not a regular file"
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            what = "is a directory" if stat.S_ISDIR(mode) else "is not a regular file"
             raise place.error(what, allowed="a regular file")
-        try:
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
             data = file.read(limit + 1)
-        except OSError as error:
-            raise place.error(f"cannot be read: {os.strerror(error.errno or errno.EIO)}") from None
+    except OSError as error:
+        raise place.error(f"cannot be read: {os.strerror(error.errno or errno.EIO)}") from None
+    finally:
+        os.close(descriptor)
     if len(data) > limit:
         raise place.error(f"is larger than {limit} bytes", allowed=f"at most {limit} bytes")
     try:

@@ -107,7 +107,7 @@ def read_class(place: Place, value: object, directory: Path | None, first_id: in
     peer_rate, peer_burst = _limit(table, "peer_rate", "peer_burst")
     prefix_rate, prefix_burst = _limit(table, "prefix_rate", "prefix_burst")
     over, demote = _over(table)
-    found = read_peers(table, _PeerTable) + read_peers_file(table, directory)
+    found = read_peers(table, PeerTable) + read_peers_file(table, directory)
     return model.Class(
         name=name,
         prefixes=read_prefixes(table),
@@ -126,7 +126,7 @@ def read_class(place: Place, value: object, directory: Path | None, first_id: in
     )
 
 
-class _PeerTable(model.Struct, frozen=True, kw_only=True):
+class PeerTable(model.Struct, frozen=True, kw_only=True):
     """The keys of a peer written as a table; ids are not the file's to give."""
 
     address: str
