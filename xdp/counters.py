@@ -34,6 +34,7 @@ class LaneCounters:
 
     @property
     def balanced(self) -> bool:
+        """What came in, by rule or by demotion, ended under some verdict."""
         ended = sum(count.packets for count in self.verdicts.values())
         return self.seen.packets + self.demoted_to - self.demoted_from == ended
 
@@ -63,18 +64,22 @@ class Counters:
 
     @property
     def passed(self) -> int:
+        """Packets given to the kernel's network stack."""
         return self.totals["passed"].packets
 
     @property
     def steered(self) -> int:
+        """Packets given to a lane's AF_XDP socket."""
         return self.totals["steered"].packets
 
     @property
     def dropped(self) -> int:
+        """Packets dropped, whatever the reason."""
         return self.totals["dropped"].packets
 
     @property
     def replied(self) -> int:
+        """Packets answered in the kernel."""
         return self.totals["replied"].packets
 
     @property
