@@ -5,8 +5,9 @@ The rung of the mode ladder below AF_XDP: the same policy, lanes and batches, at
 the speed of the kernel's UDP.  What it cannot give is AF_XDP's promise that a
 flood costs a high lane nothing: on one port all lanes share a socket buffer, and
 what the kernel drops there was never classified.  Behind the buffer it holds:
-each lane has a queue and frames of its own.  While a buffer overflows, a receive
-call reads several times what it hands out, so that high lanes get through.
+each lane has a queue and frames of its own, and while several lanes have traffic
+a receive call reads several times what it hands out, so that high lanes get
+through at the expense of low ones.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ Address = IPv4Address | IPv6Address
 
 #: Large frames (64 KiB, touched only when used) that each lane may queue and hold.
 LARGE_FRAMES = 32
-#: Times what a call hands out that it reads while a socket overflows and there are lanes to sort.
+#: Times what a call hands out that it reads while datagrams of several lanes arrive.
 DRAIN = 4
 #: Seconds that send waits for room in the socket buffer or the device queue.
 SEND_TIMEOUT = 1.0
@@ -98,7 +99,7 @@ class MmsgLanes:
             options = ffi.new("struct sl_mmsg_options *")
             options.frame_size = policy.rings.frame_size if frame_size is None else frame_size
             options.large_frames = large_frames
-            options.drain = (DRAIN if len(policy.lanes) > 1 else 1) if drain is None else drain
+            options.drain = DRAIN if drain is None else drain
             for number, lane in enumerate(policy.lanes):
                 options.quota[number] = lane.quota if quota is None else quota
                 options.share[number] = int(lane.share * lib.SL_MMSG_SHARE_ONE)

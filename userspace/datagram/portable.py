@@ -48,6 +48,7 @@ Address = IPv4Address | IPv6Address
 _LARGE = 65536  # bytes of a large frame: any UDP payload
 _BURST = 64  # datagrams read from one socket before the next one's turn
 _MAXIMUM = 65536  # of one batch
+_MIXED_NS = 1_000_000_000  # traffic counts as mixed for so long after lanes last alternated
 _DELIVERED = frozenset(("steer", "steer_demoted", "pass_lane", "pass_demoted"))
 
 
@@ -116,7 +117,7 @@ class PortableLanes:
                 "frame size (64 to 65536), quotas or large frames are out of range",
                 hint="lower quota or frame_size under [rings] in the policy",
             )
-        self._drain = drain if drain is not None else 4 if len(policy.lanes) > 1 else 1
+        self._drain = 4 if drain is None else drain
         self._budget = budget
         self._classifier = Classifier(policy)
         # Mapped, not a bytearray: pages that are never used cost nothing.
@@ -134,7 +135,9 @@ class PortableLanes:
         self._in_use: dict[int, _Columns] = {}  # address of the memory -> columns
         self._counts: Counter[str] = Counter()
         self._verdicts: Counter[str] = Counter()
-        self._drops: dict[int, int] = {}  # descriptor -> drops when last looked at
+        self._last_read = -1  # descriptor
+        self._recent_lane = 0  # of the last datagram
+        self._mixed_ns = -_MIXED_NS  # when it last was another than the one before
         self._signalled = False
         #: of the last send call
         self.failures: tuple[SendFailure, ...] = ()
@@ -190,25 +193,23 @@ class PortableLanes:
         if self._budget:
             maximum, limit = min(maximum, self._budget), min(limit, self._budget)
         read = self._read_sockets(maximum)
-        if read == maximum < limit and self._overflowing():
+        if read == maximum < limit and 0 < time.monotonic_ns() - self._mixed_ns < _MIXED_NS:
             self._read_sockets(limit - maximum)
-
-    def _overflowing(self) -> bool:
-        before, self._drops = (
-            self._drops,
-            {descriptor: socket_drops(service.socket) for descriptor, service in self._by_descriptor.items()},
-        )
-        return before != self._drops
 
     def _read_sockets(self, want: int) -> int:
         total = 0
         ready = [descriptor for descriptor, _ in self._opened().poll(0) if descriptor != self._event]
+        # In a circle, from the one after the last that was read.
+        ready.sort(key=lambda descriptor: (descriptor <= self._last_read, descriptor))
         while ready and total < want:
             still: list[int] = []
             for descriptor in ready:
+                if total == want:
+                    break
                 share = min(_BURST, want - total)
                 read = self._read_burst(self._by_descriptor[descriptor], share)
                 total += read
+                self._last_read = descriptor
                 if read == share:
                     still.append(descriptor)
             ready = still
@@ -250,6 +251,8 @@ class PortableLanes:
         if reason not in _DELIVERED or verdict.lane is None:
             self._verdicts[reason] += 1
             return
+        if verdict.lane != self._recent_lane:
+            self._recent_lane, self._mixed_ns = verdict.lane, now_ns
         lane = self._lanes[verdict.lane]
         if small and lane.small < self._quota[verdict.lane]:
             frame = self._free_small.pop()
@@ -275,7 +278,7 @@ class PortableLanes:
         left = maximum
         counts: list[int] = []
         for lane, entry in zip(self._lanes, self.policy.lanes, strict=True):
-            lane.credit = lane.credit + entry.share * maximum if lane.queue else 0.0
+            lane.credit += entry.share * maximum if lane.queue else 0
             counts.append(min(int(lane.credit), len(lane.queue), left))
             lane.credit -= counts[-1]
             left -= counts[-1]
@@ -291,6 +294,8 @@ class PortableLanes:
             lane = self._lanes[number]
             taken.extend(lane.queue.popleft() for _ in range(count))
             lane.delivered += count
+            if not lane.queue:
+                lane.credit = 0.0  # a share that was not needed is not saved up
             self._held.update((received.frame, number) for received in taken[len(taken) - count :])
         self._signal()
         columns = self._spare.pop() if self._spare else _Columns(256)

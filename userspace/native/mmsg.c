@@ -11,6 +11,8 @@
 #include <unistd.h>
 
 #define NO_SOCKET UINT32_MAX /* epoll data of the event descriptor */
+/* Traffic counts as mixed for so long after lanes last alternated: a rare lane is one too. */
+#define MIXED_NS 1000000000ULL
 /* Offsets in the area are 32 bits. */
 #define AREA_MAX (1ULL << 32)
 
@@ -176,7 +178,10 @@ int sl_mmsg_remove(struct sl_mmsg *m, int fd)
 	return 0;
 }
 
-/* Reads what one receive call may read; see sl_mmsg_receive.  How many, or -errno. */
+/*
+ * Reads what one receive call may read; how many, or -errno.  Reading ahead pays
+ * only where there is something to sort: a lone lane would lose by it.
+ */
 static int pump(struct sl_mmsg *m, uint32_t maximum, uint32_t budget)
 {
 	uint64_t limit = (uint64_t)maximum * m->options.drain;
@@ -186,9 +191,9 @@ static int pump(struct sl_mmsg *m, uint32_t maximum, uint32_t budget)
 		maximum = budget;
 	if (budget && budget < limit)
 		limit = budget;
-	m->overflowing = false;
 	n = sl_mmsg_read_sockets(m, maximum);
-	if (n == (int)maximum && m->overflowing && limit > maximum) {
+	if (n == (int)maximum && limit > maximum && m->mixed_ns &&
+	    m->read_ns - m->mixed_ns < MIXED_NS) {
 		more = sl_mmsg_read_sockets(m, limit - maximum);
 		n = more < 0 ? more : n + more;
 	}
@@ -205,10 +210,8 @@ static void share_out(struct sl_mmsg *m, uint32_t maximum, uint32_t *counts)
 		uint64_t due;
 
 		counts[i] = 0;
-		if (!lane->count) {
-			lane->credit = 0; /* a share is not saved up */
+		if (!lane->count)
 			continue;
-		}
 		lane->credit += (uint64_t)m->options.share[i] * maximum;
 		due = lane->credit / SL_MMSG_SHARE_ONE;
 		due = due < lane->count ? due : lane->count;
@@ -251,6 +254,8 @@ static void hand_out(struct sl_mmsg *m, struct sl_batch *b, uint32_t maximum)
 			b->addresses[i] = index;
 		}
 		lane->count -= counts[l];
+		if (!lane->count)
+			lane->credit = 0; /* a share that was not needed is not saved up */
 		m->queued -= counts[l];
 		m->statistics.lane_delivered[l] += counts[l];
 	}

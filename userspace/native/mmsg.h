@@ -90,8 +90,9 @@ int sl_mmsg_remove(struct sl_mmsg *m, int fd);
 int sl_mmsg_fileno(const struct sl_mmsg *m);
 /*
  * Fills the batch, with at most maximum datagrams, highest lane first, after reading as many
- * from the sockets, or drain times as many while a socket overflows: what is in
- * a high lane must not be lost behind a flood that is not read fast enough.
+ * from the sockets, or drain times as many while datagrams of several lanes
+ * arrive: a high lane must not wait, or get lost, behind a flood in a socket
+ * buffer that is not read fast enough.
  * budget bounds the reading further, 0: it does not.  Waits timeout_ms for the
  * first one; 0: does not wait, -1: for ever.  Returns how many; 0 on timeout; -EINTR when a
  * signal came first, -EAGAIN when datagrams came but all were dropped: call again

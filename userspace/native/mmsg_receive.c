@@ -37,6 +37,10 @@ static bool enqueue(struct sl_mmsg *m, uint32_t i, uint64_t now)
 	struct sl_lane *lane = &m->lane[m->lane_of[i]];
 	uint32_t index = m->index[i], at;
 
+	if (m->lane_of[i] != m->recent_lane) {
+		m->recent_lane = m->lane_of[i];
+		m->mixed_ns = now;
+	}
 	if (sl_is_large(m, index)) {
 		if (lane->large == m->options.large_frames || !lane->capacity) {
 			m->statistics.no_large_frame++;
@@ -108,7 +112,6 @@ static void note_overflow(struct sl_mmsg *m, struct sl_socket *s)
 	if (!c || c->cmsg_level != SOL_SOCKET || c->cmsg_type != SO_RXQ_OVFL)
 		return;
 	memcpy(&value, CMSG_DATA(c), sizeof(value));
-	m->overflowing |= value != s->overflow;
 	m->statistics.overflowed += (uint32_t)(value - s->overflow);
 	s->overflow = value;
 }
@@ -196,7 +199,8 @@ static int read_burst(struct sl_mmsg *m, struct sl_socket *s, uint32_t want)
 			m->statistics.calls++;
 			m->statistics.received += n;
 			note_overflow(m, s);
-			take(m, s, n, sl_now_ns());
+			m->read_ns = sl_now_ns();
+			take(m, s, n, m->read_ns);
 			return n;
 		}
 		if (n == 0 || errno == EAGAIN)
@@ -207,6 +211,27 @@ static int read_burst(struct sl_mmsg *m, struct sl_socket *s, uint32_t want)
 		m->statistics.errors++;
 	}
 	return 0;
+}
+
+/* Of n ready sockets, moves the one whose turn it is to the front: the same ones in a circle. */
+static void take_turns(const struct sl_mmsg *m, struct epoll_event *ready, int n)
+{
+	struct epoll_event first;
+	uint32_t best = UINT32_MAX;
+	int at = 0;
+
+	for (int i = 0; i < n; i++) {
+		uint32_t index = ready[i].data.u32;
+		uint32_t wait = (index >= m->turn ? 0 : m->sockets) + index - m->turn;
+
+		if (index < m->sockets && wait < best) {
+			best = wait;
+			at = i;
+		}
+	}
+	first = ready[at];
+	ready[at] = ready[0];
+	ready[0] = first;
 }
 
 int sl_mmsg_read_sockets(struct sl_mmsg *m, uint32_t want)
@@ -221,16 +246,21 @@ int sl_mmsg_read_sockets(struct sl_mmsg *m, uint32_t want)
 		n = epoll_wait(m->epoll, ready, READY, 0);
 		if (n < 0)
 			return -errno;
+		if (n > 1)
+			take_turns(m, ready, n);
 	}
 	while (n > 0 && total < want) {
 		int still = 0;
 
 		for (int i = 0; i < n && total < want; i++) {
-			if (ready[i].data.u32 >= m->sockets)
+			uint32_t index = ready[i].data.u32;
+
+			if (index >= m->sockets)
 				continue;
-			got = read_burst(m, &m->socket[ready[i].data.u32], want - total);
+			got = read_burst(m, &m->socket[index], want - total);
 			if (got < 0)
 				return got;
+			m->turn = index + 1;
 			total += got;
 			/* A full burst: there may be more. */
 			if (got == SL_MMSG_BURST)

@@ -42,9 +42,12 @@ struct sl_mmsg {
 	struct sl_classifier *classifier;
 	struct sl_mmsg_statistics statistics;
 	int epoll, event;
-	bool signalled; /* event is readable: datagrams are queued */
-	bool overflowing;
+	bool signalled;      /* event is readable: datagrams are queued */
+	uint8_t recent_lane; /* of the last datagram */
+	uint64_t mixed_ns;   /* when it last was another than the one before */
+	uint64_t read_ns;    /* when recvmmsg last returned datagrams */
 	uint32_t sockets;
+	uint32_t turn; /* the socket whose turn it is to be read first */
 	struct sl_socket socket[SL_MMSG_SOCKETS];
 
 	uint8_t *area;
@@ -113,7 +116,7 @@ static inline void sl_fill_slot(struct sl_mmsg *m, uint32_t i)
 	m->payload[i][0].iov_base = m->area + sl_offset_of(m, frame);
 }
 
-/* Reads at most want datagrams into the lanes' queues.  How many, or -errno; sets overflowing. */
+/* Reads at most want datagrams into the lanes' queues.  How many, or -errno. */
 int sl_mmsg_read_sockets(struct sl_mmsg *m, uint32_t want);
 
 #endif /* SL_MMSG_STATE_H */
