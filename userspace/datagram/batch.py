@@ -46,6 +46,9 @@ _FORMATS: dict[str, tuple[int, _Code]] = {
 SOURCE_SIZE: int = ffi.sizeof("struct sl_source")
 
 
+_kept: list[CData] = []
+
+
 class BatchBackend(Protocol):
     """What a batch needs of whoever filled it.  ``memory`` is a ``struct sl_batch *``."""
 
@@ -73,15 +76,21 @@ class Abandoned:
 
     def __init__(self, backend: BatchBackend, memory: CData, exports: list[_Export]) -> None:
         self._backend = backend
-        self._memory = memory
+        self._memory: CData | None = memory
         self._exports = exports
 
     def reclaim(self) -> bool:
         """Give the buffers back if nobody can see them any more; True when done."""
         if _still_seen(self._exports) is not None:
             return False
-        self._backend.take_back(self._memory)
+        memory, self._memory = self._memory, None
+        self._backend.take_back(memory)
         return True
+
+    def __del__(self) -> None:
+        if self._memory is not None and _still_seen(self._exports) is not None:
+            # Somebody looks at the columns of a backend that is gone.  Never free them.
+            _kept.append(self._memory)
 
 
 def _still_seen(exports: list[_Export]) -> int | str | None:
@@ -148,6 +157,11 @@ class Batch:
     def released(self) -> bool:
         """Whether the batch was given back."""
         return self._count < 0
+
+    @property
+    def backend(self) -> BatchBackend:
+        """Who filled it and gets it back."""
+        return self._backend
 
     @property
     def memory(self) -> CData:

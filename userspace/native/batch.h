@@ -22,31 +22,31 @@
 
 /* Where a packet came from. */
 struct sl_source {
-	uint8_t address[16];		/* network order; IPv4 is mapped (::ffff:a.b.c.d) */
-	uint32_t scope;			/* interface index for link-local IPv6, else 0 */
-	uint16_t port;			/* host order */
-	uint8_t family;			/* 4, 6, or 0: unknown */
+	uint8_t address[16]; /* network order; IPv4 is mapped (::ffff:a.b.c.d) */
+	uint32_t scope;      /* interface index for link-local IPv6, else 0 */
+	uint16_t port;       /* host order */
+	uint8_t family;      /* 4, 6, or 0: unknown */
 	uint8_t reserved;
 };
 
 struct sl_batch {
 	uint32_t capacity;
 	uint32_t count;
-	uint8_t *data;			/* what offsets count from */
-	uint64_t data_size;		/* bytes; every offset + length is within */
-	uint64_t received_ns;		/* CLOCK_MONOTONIC of the receive call */
+	uint8_t *data;        /* what offsets count from */
+	uint64_t data_size;   /* bytes; every offset + length is within */
+	uint64_t received_ns; /* CLOCK_MONOTONIC of the receive call */
 	uint8_t columns_ready;
 	uint8_t sources_ready;
-	void *owner;			/* the backend's: who filled it */
+	void *owner; /* the backend's: who filled it */
 
 	/* columns, capacity entries each, 64-byte aligned */
-	uint64_t *times;		/* CLOCK_MONOTONIC, ns */
-	uint64_t *addresses;		/* AF_XDP: descriptor address; else free for the backend */
-	uint64_t *gathered;		/* sl_batch_gather's */
-	uint32_t *offsets;		/* of the payload in data */
-	uint32_t *lengths;		/* of the payload, bytes */
-	uint32_t *peers;		/* configured peer's number, 0: stranger */
-	uint32_t *sizes;		/* AF_XDP: whole frame, bytes; else free for the backend */
+	uint64_t *times;     /* CLOCK_MONOTONIC, ns */
+	uint64_t *addresses; /* AF_XDP: descriptor address; else free for the backend */
+	uint64_t *gathered;  /* sl_batch_gather's */
+	uint32_t *offsets;   /* of the payload in data */
+	uint32_t *lengths;   /* of the payload, bytes */
+	uint32_t *peers;     /* configured peer's number, 0: stranger */
+	uint32_t *sizes;     /* AF_XDP: whole frame, bytes; else free for the backend */
 	struct sl_source *sources;
 	uint8_t *lanes;
 	uint8_t *kinds;

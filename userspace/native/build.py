@@ -31,7 +31,15 @@ PARTS = (
     "tables",
     "classify",
     "mmsg",
+    "umem",
+    "xsk",
+    "headers",
+    "queue",
+    "wait",
 )
+
+# Parts that Python sees nothing of.
+INTERNAL_PARTS = ("rings",)
 
 # cffi's parser knows the types of stdint.h but not the kernel's.
 KERNEL_TYPES = """
@@ -81,7 +89,9 @@ def make(base: Path | None = None) -> cffi.FFI:
         "userspace.native._native",
         PREAMBLE + "\n".join(f'#include "{part}.h"' for part in PARTS),
         sources=[
-            str(source.relative_to(base) if base else source) for part in PARTS for source in sources(part)
+            str(source.relative_to(base) if base else source)
+            for part in PARTS + INTERNAL_PARTS
+            for source in sources(part)
         ],
         include_dirs=[str(HERE), str(ABI_HEADER.parent)],
         extra_compile_args=COMPILE_ARGUMENTS,

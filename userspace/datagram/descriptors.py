@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an unprivileged process needs to use lanes that somebody else opened.
+
+:class:`LaneDescriptors` is made by the privileged side (:mod:`userspace.datagram.xsk`), travels
+as a JSON-able dict plus a list of file descriptors (SCM_RIGHTS), and is turned
+into lanes by :func:`userspace.datagram.lanes.attach_lanes`, in the same process
+or in another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import msgspec
+
+from userspace.native._native import lib
+from xdp.errors import UsageError
+
+#: From best to worst; what ``status`` and ``minimum_mode`` say.
+Mode = Literal["native-zero-copy", "native-copy", "generic-copy", "mmsg", "portable"]
+
+#: Of the message; another version is refused.
+VERSION = 1
+
+#: The kernel's limits (net/xdp/xdp_umem.c: a chunk is 2048 bytes to one page).
+FRAME_SIZES = (2048, 4096)
+
+#: Offsets within a queue's memory have 32 bits.
+MAXIMUM_AREA = 1 << 32
+
+
+class _Struct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+class LaneSpec(_Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A lane as the data path sees it; in order of priority, highest first.
+
+    ``number`` is the policy's (and the XSKMAP's), ``ring`` its receive ring on each
+    queue in packets, ``quota`` what an application may hold of it on each queue in
+    frames, ``share`` the part of each batch (0 to 1) that higher lanes leave it.
+    """
+
+    number: int
+    name: str
+    ring: int = 4096
+    quota: int = 1024
+    share: float = 0.05
+
+
+class Geometry(_Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Sizes that all queues share: frames in bytes, rings in entries (powers of 2)."""
+
+    frame_size: int
+    fill_frames: int
+    transmit_frames: int
+    fill_ring: int
+    completion_ring: int
+    transmit_ring: int
+
+    @property
+    def area(self) -> int:
+        """Bytes of one queue's frames."""
+        return (self.fill_frames + self.transmit_frames) * self.frame_size
+
+
+class Refusal(_Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A better mode that could not be had, and why."""
+
+    mode: Mode
+    reason: str
+
+
+class _QueueMessage(_Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Indices into the list of descriptors."""
+
+    queue: int
+    umem: int
+    sockets: tuple[int, ...]
+
+
+class _Message(_Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    version: int
+    interface: str
+    ifindex: int
+    mode: Mode
+    cookie: int
+    geometry: Geometry
+    lanes: tuple[LaneSpec, ...]
+    queues: tuple[_QueueMessage, ...]
+    counters: int | None
+    companions: tuple[tuple[int, int], ...]
+    refused: tuple[Refusal, ...]
+
+
+class QueueDescriptors:
+    """Of one receive queue: its UMEM's memfd, one AF_XDP socket per lane, all bound."""
+
+    __slots__ = ("queue", "sockets", "umem")
+
+    def __init__(self, queue: int, umem: int, sockets: Sequence[int]) -> None:
+        self.queue = queue
+        self.umem = umem
+        self.sockets = tuple(sockets)
+
+
+class LaneDescriptors:
+    """Open descriptors with what must be known about them.
+
+    Whoever holds it owns the descriptors: close it, or attach it (which takes
+    them over).  ``companions`` are (port, descriptor) of kernel UDP sockets,
+    ``counters`` the program's counters map.
+    """
+
+    def __init__(
+        self,
+        *,
+        interface: str,
+        ifindex: int,
+        mode: Mode,
+        cookie: int,
+        geometry: Geometry,
+        lanes: Sequence[LaneSpec],
+        queues: Sequence[QueueDescriptors],
+        counters: int | None = None,
+        companions: Sequence[tuple[int, int]] = (),
+        refused: Sequence[Refusal] = (),
+    ) -> None:
+        self.interface = interface
+        self.ifindex = ifindex
+        self.mode: Mode = mode
+        self.cookie = cookie
+        self.geometry = geometry
+        self.lanes = tuple(lanes)
+        self.queues = tuple(queues)
+        self.counters = counters
+        self.companions = tuple(companions)
+        self.refused = tuple(refused)
+        self._open = True
+
+    def __repr__(self) -> str:
+        names = ", ".join(lane.name for lane in self.lanes)
+        return f"<LaneDescriptors {self.interface}: {len(self.queues)} queues, {names}; {self.mode}>"
+
+    @property
+    def open(self) -> bool:
+        """Whether the descriptors are still this object's."""
+        return self._open
+
+    def descriptors(self) -> list[int]:
+        """All file descriptors, in the order of :meth:`to_message`."""
+        found = [fd for queue in self.queues for fd in (queue.umem, *queue.sockets)]
+        if self.counters is not None:
+            found.append(self.counters)
+        return found + [fd for _, fd in self.companions]
+
+    def to_message(self) -> tuple[dict[str, Any], list[int]]:
+        """A JSON-able dict and the descriptors to pass with it (SCM_RIGHTS)."""
+        descriptors = self.descriptors()
+        place = iter(range(len(descriptors)))
+        message = _Message(
+            version=VERSION,
+            interface=self.interface,
+            ifindex=self.ifindex,
+            mode=self.mode,
+            cookie=self.cookie,
+            geometry=self.geometry,
+            lanes=self.lanes,
+            queues=tuple(
+                _QueueMessage(
+                    queue=queue.queue, umem=next(place), sockets=tuple(next(place) for _ in queue.sockets)
+                )
+                for queue in self.queues
+            ),
+            counters=None if self.counters is None else next(place),
+            companions=tuple((port, next(place)) for port, _ in self.companions),
+            refused=self.refused,
+        )
+        plain: dict[str, Any] = msgspec.to_builtins(message)
+        return plain, descriptors
+
+    @classmethod
+    def from_message(cls, message: object, descriptors: Sequence[int]) -> LaneDescriptors:
+        """Of what :meth:`to_message` made; takes over ``descriptors``.
+
+        Raises UsageError, the descriptors closed, when the message is not one.
+        """
+        try:
+            return cls._from_message(message, descriptors)
+        except (msgspec.ValidationError, ValueError) as error:
+            for fd in set(descriptors):
+                with contextlib.suppress(OSError):
+                    os.close(fd)
+            raise UsageError(
+                f"the lanes' descriptors came with a message that is not understood: {error}",
+                hint="owner and application must be the same version of Sluice",
+            ) from error
+
+    @classmethod
+    def _from_message(cls, message: object, descriptors: Sequence[int]) -> LaneDescriptors:
+        parsed = msgspec.convert(message, _Message)
+        if parsed.version != VERSION:
+            raise ValueError(f"version {parsed.version}, this is {VERSION}")
+        places = [index for queue in parsed.queues for index in (queue.umem, *queue.sockets)]
+        places += [] if parsed.counters is None else [parsed.counters]
+        places += [index for _, index in parsed.companions]
+        if sorted(places) != list(range(len(descriptors))):
+            raise ValueError(f"it speaks of {len(places)} descriptors, {len(descriptors)} came")
+        check_lanes(parsed.lanes)
+        if not parsed.queues or any(len(queue.sockets) != len(parsed.lanes) for queue in parsed.queues):
+            raise ValueError("every queue has one socket per lane")
+        return cls(
+            interface=parsed.interface,
+            ifindex=parsed.ifindex,
+            mode=parsed.mode,
+            cookie=parsed.cookie,
+            geometry=parsed.geometry,
+            lanes=parsed.lanes,
+            queues=[
+                QueueDescriptors(
+                    queue.queue, descriptors[queue.umem], [descriptors[index] for index in queue.sockets]
+                )
+                for queue in parsed.queues
+            ],
+            counters=None if parsed.counters is None else descriptors[parsed.counters],
+            companions=[(port, descriptors[index]) for port, index in parsed.companions],
+            refused=parsed.refused,
+        )
+
+    def release(self) -> None:
+        """The descriptors are somebody else's from now on (attached, say)."""
+        self._open = False
+
+    def close(self) -> None:
+        """Close all descriptors, unless they were taken over; may be called again."""
+        if self._open:
+            self._open = False
+            for fd in self.descriptors():
+                os.close(fd)
+
+    def __enter__(self) -> LaneDescriptors:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def check_lanes(lanes: Sequence[LaneSpec]) -> None:
+    """Raises ValueError with what is wrong with them."""
+    if not 1 <= len(lanes) <= lib.SL_QUEUE_LANES:
+        raise ValueError(f"{len(lanes)} lanes; allowed: 1 to {lib.SL_QUEUE_LANES}")
+    numbers = [lane.number for lane in lanes]
+    if sorted(set(numbers)) != numbers or not 0 <= numbers[0] <= numbers[-1] < lib.SLUICE_MAX_LANES:
+        raise ValueError(f"lane numbers {numbers}; allowed: ascending, below {lib.SLUICE_MAX_LANES}")
+    for lane in lanes:
+        if lane.ring < 1 or lane.ring & (lane.ring - 1) or lane.ring > 1 << 20:
+            raise ValueError(f"lane {lane.name}: ring of {lane.ring}; allowed: a power of 2 up to 1048576")
+        if not 1 <= lane.quota <= 1 << 20:
+            raise ValueError(f"lane {lane.name}: quota of {lane.quota}; allowed: 1 to 1048576 frames")
+        if not 0 <= lane.share <= 1:
+            raise ValueError(f"lane {lane.name}: share of {lane.share}; allowed: 0 to 1")
+
+
+def _check_sizes(frame_size: int, reserve: int, transmit_ring: int) -> None:
+    if frame_size not in FRAME_SIZES:
+        raise ValueError(f"frames of {frame_size} bytes; allowed: {FRAME_SIZES}")
+    if transmit_ring < 64 or transmit_ring & (transmit_ring - 1) or transmit_ring > 1 << 20:
+        raise ValueError(f"transmit ring of {transmit_ring}; allowed: a power of 2 from 64 to 1048576")
+    if not 0 <= reserve <= 1 << 20:
+        raise ValueError(f"reserve of {reserve}; allowed: 0 to 1048576 frames")
+
+
+def plan_geometry(
+    lanes: Sequence[LaneSpec], *, frame_size: int = 2048, reserve: int = 1024, transmit_ring: int = 2048
+) -> Geometry:
+    """Sizes of a queue with these lanes.
+
+    Frames to receive into are all rings, all quotas and ``reserve`` (for packets
+    between the fill ring and a receive ring, and bursts while frames come back).
+    Raises UsageError when they are too many or a size is not allowed.
+    """
+    try:
+        check_lanes(lanes)
+        _check_sizes(frame_size, reserve, transmit_ring)
+    except ValueError as error:
+        raise UsageError(f"these lanes can't be opened: {error}", hint="see [rings] in the policy") from error
+    fill_frames = sum(lane.ring + lane.quota for lane in lanes) + reserve
+    geometry = Geometry(
+        frame_size=frame_size,
+        fill_frames=fill_frames,
+        # As many as the ring takes, and as many again on the wire or waiting to be reaped.
+        transmit_frames=2 * transmit_ring,
+        fill_ring=1 << (fill_frames - 1).bit_length(),
+        completion_ring=2 * transmit_ring,
+        transmit_ring=transmit_ring,
+    )
+    if geometry.area >= MAXIMUM_AREA:
+        raise UsageError(
+            f"rings and quotas need {geometry.area >> 20} MiB a queue; 4096 MiB is the most",
+            hint="make rings or quotas under [rings] or [[lane]] in the policy smaller",
+        )
+    return geometry

@@ -1,0 +1,498 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lanes over AF_XDP: receiving from and sending to rings that are open already.
+
+Needs no privileges.  Made by :func:`userspace.datagram.lanes.attach_lanes` from
+:class:`~userspace.datagram.descriptors.LaneDescriptors`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from array import array
+from collections import deque
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from typing_extensions import Buffer
+
+from userspace.datagram.batch import Abandoned, Batch
+from userspace.datagram.descriptors import LaneDescriptors, LaneSpec, Mode, QueueDescriptors
+from userspace.datagram.destination import Destination, Endpoint, resolve_destination
+from userspace.datagram.xsk_statistics import Frames, QueueStatistics, XskStatistics, read_frames, read_queue
+from userspace.native._native import ffi, lib
+from xdp.errors import BusyError, InterfaceGoneError, SluiceError, UnsupportedError, UsageError
+
+if TYPE_CHECKING:
+    from userspace.native._native import CData
+
+#: Packets of a batch unless more are asked for: enough to make the cost of a Python call small
+#: beside them (2 µs over 256 packets), few enough that their headers stay in the first-level cache.
+DEFAULT_BATCH = 256
+
+#: Seconds for which headers of a destination are used before the kernel is asked again.
+RESOLVED_FOR = 5.0
+
+_ONE_SHARE = 65536  # struct sl_lane_config counts shares in 1/65536
+
+_GONE_HINT = "open the lanes again when it is back"
+
+
+def _open_queue(descriptors: LaneDescriptors, queue: QueueDescriptors) -> CData:
+    """Map one queue; its descriptors are taken over when that works."""
+    geometry = descriptors.geometry
+    config = ffi.new("struct sl_queue_config *")
+    config.umem_fd = queue.umem
+    config.frame_size = geometry.frame_size
+    config.fill_frames = geometry.fill_frames
+    config.transmit_frames = geometry.transmit_frames
+    config.fill_ring = geometry.fill_ring
+    config.completion_ring = geometry.completion_ring
+    config.transmit_ring = geometry.transmit_ring
+    config.cookie = descriptors.cookie
+    config.lanes = len(descriptors.lanes)
+    for index, lane in enumerate(descriptors.lanes):
+        config.lane[index].fd = queue.sockets[index]
+        config.lane[index].ring = lane.ring
+        config.lane[index].quota = lane.quota
+        config.lane[index].number = lane.number
+        config.lane[index].share = int(lane.share * _ONE_SHARE)
+    error = ffi.new("struct sl_error *")
+    opened = lib.sl_queue_open(config, error)
+    if opened == ffi.NULL:
+        raise _open_error(f"{descriptors.interface} queue {queue.queue}", error)
+    return opened
+
+
+def _open_error(what: str, error: CData) -> SluiceError:
+    step = ffi.string(error.step).decode()
+    if error.code == errno.EBUSY:
+        return BusyError(
+            f"{what}: {step}: another application has used these lanes",
+            hint="ask their owner for new descriptors",
+        )
+    return UnsupportedError(
+        f"{what}: {step}: {os.strerror(error.code)}",
+        hint="owner and application must be the same version of Sluice",
+    )
+
+
+def _shut(queue: CData) -> None:
+    lib.sl_queue_close(queue)
+    lib.sl_queue_free(queue)
+
+
+def _group(queues: Sequence[CData], slot: int) -> CData:
+    """An epoll set over the queues, which it keeps."""
+    kept = tuple(queues)
+    error = ffi.new("struct sl_error *")
+    group = lib.sl_group_new(ffi.new("struct sl_queue *[]", kept), len(kept), slot, error)
+    if group == ffi.NULL:
+        raise UnsupportedError(
+            f"{ffi.string(error.step).decode()}: {os.strerror(error.code)}",
+            hint="raise the limit of open files (`ulimit -n`)",
+        )
+
+    def free(pointer: CData, _kept: tuple[CData, ...] = kept) -> None:
+        lib.sl_group_free(pointer)
+
+    return ffi.gc(group, free)
+
+
+class XskLanes:
+    """All lanes of some queues of one interface.
+
+    ``receive`` gives the packets of one queue, highest lane first, and begins
+    with the next queue the next time.  A lane whose application holds its quota
+    is not read until batches are given back; its ring fills and the kernel drops
+    for that lane alone.
+
+    Calls from several threads are safe and wait for each other.  For several
+    threads that receive, :meth:`split` gives each queue its own object.
+    """
+
+    def __init__(self, descriptors: LaneDescriptors, *, on_close: Callable[[], None] | None = None) -> None:
+        """Take over ``descriptors``, which are closed when that fails; ``on_close`` runs once at the end."""
+        if not descriptors.open:
+            raise UsageError("these descriptors were attached or closed before")
+        self._queues: list[CData] = []
+        self._children: tuple[XskLanes, ...] = ()
+        try:
+            with descriptors:
+                self._adopt(descriptors)
+        except BaseException:
+            self._queues.clear()
+            raise
+        self._setup(descriptors, self._queues, descriptors.queues, slot=0, on_close=on_close)
+
+    def _adopt(self, descriptors: LaneDescriptors) -> None:
+        # A queue closes the numbers it was given, so each side needs its own until all are open.
+        for queue in descriptors.queues:
+            copies = [os.dup(fd) for fd in (queue.umem, *queue.sockets)]
+            try:
+                opened = _open_queue(descriptors, QueueDescriptors(queue.queue, copies[0], copies[1:]))
+            except BaseException:
+                for fd in copies:
+                    os.close(fd)
+                raise
+            self._queues.append(ffi.gc(opened, _shut))
+
+    def _setup(
+        self,
+        descriptors: LaneDescriptors,
+        queues: Sequence[CData],
+        numbers: Sequence[QueueDescriptors],
+        *,
+        slot: int,
+        on_close: Callable[[], None] | None,
+    ) -> None:
+        self._descriptors = descriptors
+        self._queues = list(queues)
+        self._numbers = tuple(queue.queue for queue in numbers)
+        self._group = _group(self._queues, slot)
+        self._is_part = slot == 1
+        self._on_close = on_close
+        self._closing = threading.Lock()
+        self._closed = False
+        self._abandoned: deque[Abandoned] = deque()
+        self._capacity = DEFAULT_BATCH
+        self._spare: list[CData] = []
+        self._resolved: dict[tuple[object, int, int], tuple[float, Destination]] = {}
+        self._bad = ffi.new("uint32_t *")
+
+    @property
+    def mode(self) -> Mode:
+        """One of "native-zero-copy", "native-copy" and "generic-copy"."""
+        return self._descriptors.mode
+
+    @property
+    def interface(self) -> str:
+        """Name of the interface when the lanes were opened."""
+        return self._descriptors.interface
+
+    @property
+    def lanes(self) -> tuple[LaneSpec, ...]:
+        """Highest priority first."""
+        return self._descriptors.lanes
+
+    @property
+    def queue_numbers(self) -> tuple[int, ...]:
+        """The interface's queues that are served here."""
+        return self._numbers
+
+    def split(self) -> tuple[XskLanes, ...]:
+        """One object per queue, for one thread each; this one then serves all that they leave.
+
+        They end with this object.  Packets come to whoever asks first, so use
+        either these or the whole.
+        """
+        if self._closed:
+            raise ValueError("these lanes are closed")
+        if not self._children:
+            made = []
+            for queue, number in zip(self._queues, self._descriptors.queues, strict=True):
+                child = XskLanes.__new__(XskLanes)
+                child._children = ()
+                child._setup(self._descriptors, [queue], [number], slot=1, on_close=None)
+                made.append(child)
+            self._children = tuple(made)
+        return self._children
+
+    # receiving
+
+    def _memory(self, maximum: int) -> CData:
+        if not 1 <= maximum <= lib.SL_BATCH_MAX:
+            raise UsageError(f"a batch is 1 to {lib.SL_BATCH_MAX} packets, not {maximum}")
+        if maximum > self._capacity:
+            self._capacity = 1 << (maximum - 1).bit_length()
+            self._spare.clear()
+        memory = lib.sl_batch_new(self._capacity)
+        if memory == ffi.NULL:
+            raise MemoryError(f"columns of {self._capacity} packets")
+        return ffi.gc(memory, lib.sl_batch_free)
+
+    def receive(self, maximum: int = DEFAULT_BATCH, timeout: float | None = None) -> Batch:
+        """At most ``maximum`` packets of one queue, waiting up to ``timeout`` seconds for the first.
+
+        An empty batch when the time is over; without a timeout it waits for ever.
+        Raises InterfaceGoneError when the interface was deleted (one that is only
+        down may come up again and go on), ValueError when the lanes are closed (also
+        by another thread, meanwhile), UsageError when it would wait for ever because
+        all that may be held is held.
+        """
+        if self._abandoned:
+            self._reclaim()
+        spare = self._spare
+        memory = spare.pop() if spare and 0 < maximum <= self._capacity else self._memory(maximum)
+        wait = -1 if timeout is None else max(0, int(timeout * 1e6))
+        count = lib.sl_group_receive(self._group, memory, maximum, wait)
+        if count > 0:
+            return Batch(self, memory, count)
+        return self._received_none(memory, maximum, count, timeout)
+
+    def try_receive(self, maximum: int = DEFAULT_BATCH) -> Batch:
+        """What is there now, maybe nothing."""
+        return self.receive(maximum, 0)
+
+    def _received_none(self, memory: CData, maximum: int, result: int, timeout: float | None) -> Batch:
+        # Python runs signal handlers between here and the next call.
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while result == -errno.EINTR:
+            left = -1 if deadline is None else max(0, int((deadline - time.monotonic()) * 1e6))
+            result = lib.sl_group_receive(self._group, memory, maximum, left)
+        if result > 0:
+            return Batch(self, memory, result)
+        self._spare.append(memory)
+        if result < 0:
+            raise self._error(-result, "receiving")
+        return Batch(self, None, 0)
+
+    def _error(self, code: int, doing: str) -> Exception:
+        where = f"{doing} on {self.interface}"
+        if code == errno.EBADF:
+            return ValueError("these lanes are closed")
+        if code == errno.ENXIO:
+            return InterfaceGoneError(f"{where}: the interface is gone", hint=_GONE_HINT)
+        if code == errno.EDQUOT:
+            return UsageError(
+                f"{where}: every lane holds all the frames it may, so nothing could ever arrive",
+                hint="release batches before receiving more, or raise the quota in the policy",
+            )
+        return SluiceError.from_errno(
+            where, code, hint="this is a defect; close the lanes and open them again"
+        )
+
+    def fileno(self) -> int:
+        """An epoll descriptor: readable when ``try_receive`` may have something, or to say.
+
+        For event loops.  Level-triggered; lanes that hold their quota do not count.
+        """
+        fd = lib.sl_group_fd(self._group)
+        if fd < 0:
+            raise ValueError("these lanes are closed")
+        return fd
+
+    # what a Batch needs
+
+    def fill_columns(self, memory: CData) -> None:
+        """See BatchBackend."""
+        lib.sl_queue_columns(memory)
+
+    def fill_sources(self, memory: CData) -> None:
+        """See BatchBackend."""
+        lib.sl_queue_sources(memory)
+
+    def take_back(self, memory: CData) -> None:
+        """See BatchBackend."""
+        error = lib.sl_queue_release(memory)
+        if error:
+            raise self._error(-error, "giving back a batch")
+        if memory.capacity == self._capacity:
+            self._spare.append(memory)
+
+    def abandon(self, abandoned: Abandoned) -> None:
+        """See BatchBackend."""
+        self._abandoned.append(abandoned)
+
+    def _reclaim(self) -> None:
+        for _ in range(len(self._abandoned)):
+            abandoned = self._abandoned.popleft()
+            if not abandoned.reclaim():
+                self._abandoned.append(abandoned)
+
+    # sending
+
+    def send(
+        self,
+        destination: Destination | Endpoint,
+        payloads: Sequence[Buffer] | Batch,
+        *,
+        port: int | None = None,
+    ) -> int:
+        """Send each payload as one UDP packet; how many were accepted.
+
+        Fewer than all when frames or the ring run out: send the rest later.
+        ``destination`` is a Destination, or an (address, port) that is resolved as
+        :func:`resolve_destination` does, with ``port`` as the source port.
+
+        Raises UsageError for a payload that does not fit the MTU (nothing is sent
+        then), InterfaceGoneError, ValueError when closed.
+        """
+        if isinstance(payloads, Batch):
+            if not payloads:
+                return 0
+            memory = payloads.memory
+            return self._send(
+                self._destination(destination, port),
+                memory.data,
+                memory.data_size,
+                memory.offsets,
+                memory.lengths,
+                len(payloads),
+            )
+        try:
+            joined = b"".join(payloads)
+            lengths = array("I", [memoryview(payload).nbytes for payload in payloads])
+        except TypeError:
+            raise UsageError("payloads are a sequence of bytes-like objects") from None
+        return self._send(
+            self._destination(destination, port),
+            ffi.from_buffer("uint8_t[]", joined),
+            len(joined),
+            ffi.NULL,
+            ffi.from_buffer("uint32_t[]", lengths),
+            len(lengths),
+        )
+
+    def send_columns(
+        self,
+        destination: Destination | Endpoint,
+        data: Buffer,
+        offsets: Buffer,
+        lengths: Buffer,
+        *,
+        port: int | None = None,
+    ) -> int:
+        """Send ``data[offsets[i]:offsets[i] + lengths[i]]``; as :meth:`send` otherwise.
+
+        ``offsets`` and ``lengths`` are arrays of 32-bit numbers (array("I"), a
+        column of a batch) of the same size.
+        """
+        starts = ffi.from_buffer("uint32_t[]", offsets)
+        sizes = ffi.from_buffer("uint32_t[]", lengths)
+        if len(starts) != len(sizes):
+            raise UsageError(f"{len(starts)} offsets and {len(sizes)} lengths; they belong together")
+        base = ffi.from_buffer("uint8_t[]", data)
+        return self._send(self._destination(destination, port), base, len(base), starts, sizes, len(starts))
+
+    def _send(
+        self, to: Destination, data: CData, size: int, offsets: CData, lengths: CData, count: int
+    ) -> int:
+        result = lib.sl_queue_send(
+            self._queues[0], to.template, data, size, offsets, lengths, count, self._bad
+        )
+        if result >= 0:
+            return result
+        index = self._bad[0]
+        if result == -errno.EMSGSIZE:
+            raise UsageError(
+                f"payload {index} has {lengths[index]} bytes; {to.payload_maximum} fit the MTU of {to.mtu}",
+                hint="send less at a time; nothing of this call was sent",
+            )
+        if result == -errno.EFAULT:
+            raise UsageError(f"payload {index} is not within the {size} bytes of data")
+        raise self._error(-result, "sending")
+
+    def _destination(self, destination: Destination | Endpoint, port: int | None) -> Destination:
+        if isinstance(destination, Destination):
+            return destination
+        if port is None:
+            raise UsageError("which port to send from is not known", hint="give port=, one of your services'")
+        key = (*destination, port)
+        now = time.monotonic()
+        known = self._resolved.get(key)
+        if known is None or known[0] < now:
+            resolved = resolve_destination(self.interface, *destination, port)
+            if len(self._resolved) >= 4096:  # bounded; the oldest is the first
+                del self._resolved[next(iter(self._resolved))]
+            self._resolved[key] = known = (now + RESOLVED_FOR, resolved)
+        return known[1]
+
+    def send_back(self, batch: Batch, *, checksum: bool = True) -> int:
+        """Send every packet of a batch back to where it came from, in its own frame; the batch is used up.
+
+        The payloads go as they are now, so write the answer into the views first (the
+        length stays).  Packets that may not be answered (group addresses, IPv4
+        options, IPv6 extension headers) and what the ring has no room for are
+        given back instead.  Returns how many are sent.
+
+        ``checksum=False`` keeps the UDP checksum: right only for unchanged payloads
+        that came over a wire.
+        """
+        backend = batch.backend
+        if not isinstance(backend, XskLanes) or backend._descriptors is not self._descriptors:
+            raise UsageError("a batch is sent back through the lanes that it came from")
+        memory = batch.surrender()
+        if memory is None:
+            return 0
+        sent = lib.sl_queue_echo(memory, checksum)
+        if sent < 0:
+            lib.sl_queue_release(memory)
+            raise self._error(-sent, "sending back")
+        if memory.capacity == backend._capacity:
+            backend._spare.append(memory)
+        return sent
+
+    def flush(self, timeout: float = 1.0) -> bool:
+        """Wait until everything sent has left; whether it has after ``timeout`` seconds."""
+        deadline = time.monotonic() + timeout
+        while True:
+            left = sum(max(0, lib.sl_queue_reap(queue)) for queue in self._queues)
+            if left == 0:
+                return True
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.0002)  # a completion wakes nobody; this is about the time of one batch
+
+    # looking
+
+    def statistics(self) -> XskStatistics:
+        """What the sockets and rings counted; frames and where they are."""
+        queues: list[QueueStatistics] = [
+            read_queue(queue, number, self.lanes)
+            for queue, number in zip(self._queues, self._numbers, strict=True)
+        ]
+        return XskStatistics(tuple(queues))
+
+    def frames(self) -> tuple[Frames, ...]:
+        """Where the frames of each queue are, counted frame by frame: slow, for tests and checks."""
+        return tuple(read_frames(queue, len(self.lanes), recount=True) for queue in self._queues)
+
+    def status(self) -> dict[str, object]:
+        """What is in use, JSON-able."""
+        return {
+            "mode": self.mode,
+            "interface": self.interface,
+            "queues": list(self._numbers),
+            "lanes": [lane.name for lane in self.lanes],
+            "refused": [
+                {"mode": refusal.mode, "reason": refusal.reason} for refusal in self._descriptors.refused
+            ],
+            "zero_copy": self.mode == "native-zero-copy",
+            "frame_size": self._descriptors.geometry.frame_size,
+            "memory_bytes": self._descriptors.geometry.area * len(self._queues),
+        }
+
+    def close(self) -> None:
+        """Close everything; a receive that waits ends with ValueError.  May be called again.
+
+        Batches that are held stay valid until they are released.
+        """
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+        for child in self._children:
+            child.close()
+        lib.sl_group_close(self._group)
+        if not self._is_part:  # a part from split() leaves its queue to the whole
+            for queue in self._queues:
+                lib.sl_queue_close(queue)
+        if self._on_close is not None:
+            self._on_close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether close() was called."""
+        return self._closed
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

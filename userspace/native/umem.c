@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+#define _GNU_SOURCE
+#include "umem.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+int sl_umem_create(uint64_t size, int huge)
+{
+	int fd, error;
+
+	fd = memfd_create("sluice-umem",
+			  MFD_CLOEXEC | MFD_ALLOW_SEALING | (huge ? MFD_HUGETLB : 0));
+	if (fd < 0)
+		return -errno;
+	if (ftruncate(fd, size) || fallocate(fd, 0, 0, size) ||
+	    fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)) {
+		error = -errno;
+		close(fd);
+		return error;
+	}
+	return fd;
+}
+
+int sl_umem_map(int fd, uint64_t size, uint8_t **area)
+{
+	struct stat stat;
+	int seals;
+	void *base;
+
+	seals = fcntl(fd, F_GET_SEALS);
+	if (seals < 0)
+		return -errno;
+	if (!(seals & F_SEAL_SHRINK))
+		return -EPERM;
+	if (fstat(fd, &stat))
+		return -errno;
+	if (size == 0 || (uint64_t)stat.st_size < size)
+		return -EINVAL;
+	base = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0);
+	if (base == MAP_FAILED)
+		return -errno;
+	*area = base;
+	return 0;
+}
+
+void sl_umem_unmap(uint8_t *area, uint64_t size)
+{
+	munmap(area, size);
+}
