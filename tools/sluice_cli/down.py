@@ -68,7 +68,7 @@ def _target(interface: str | None) -> inventory.Loaded | None:
         raise UsageError(f"Sluice runs on {names}", hint=f"choose one: sluice down {ours[0].interface}")
     if not ours and interface is not None and found:
         raise BusyError(
-            f"{interface} carries program {found[0].id} ({found[0].name or 'no name'}), which is not Sluice's",
+            f"{interface} carries program {found[0].id} ({found[0].name or '?'}), which is not Sluice's",
             hint="it is not ours to remove; its owner has to (bpftool prog show, bpftool link show)",
         )
     return ours[0] if ours else None
@@ -89,7 +89,7 @@ def remove(one: inventory.Loaded, timeout: float, force: bool) -> dict[str, Any]
     if one.link_id is not None and not holders and not inventory.pins(one):
         raise BusyError(
             f"nothing that can be seen from here holds link {one.link_id} of program {one.id}",
-            hint="look as root, and where the bpffs is visible: nsenter --net=/run/netns/NAME, not ip netns exec",
+            hint="look as root, where the bpffs is visible: nsenter --net=FILE, not ip netns exec",
         )
     unpinned = _unpin(one)
     signalled = [holder.pid for holder in holders if _signal(holder.pid, one, signal.SIGTERM)]

@@ -71,7 +71,9 @@ def totals_document(before: Sample, after: Sample) -> dict[str, object]:
     seconds = after.at - before.at
     old, new = before.counters, after.counters
     totals: dict[str, object] = {name: new.totals[name].packets for name in CATEGORIES}
-    speeds = {name: rate(old.totals[name].packets, new.totals[name].packets, seconds) for name in CATEGORIES}
+    speeds: dict[str, float] = {
+        name: rate(old.totals[name].packets, new.totals[name].packets, seconds) for name in CATEGORIES
+    }
     return {
         "seconds": round(seconds, 6),
         "seen": count_document(new.seen),
