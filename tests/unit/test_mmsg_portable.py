@@ -356,16 +356,16 @@ def test_descriptor_stays_readable_while_datagrams_are_queued(open_lanes: Open, 
 def test_a_signal_handler_ends_the_wait(open_lanes: Open) -> None:
     lanes = open_lanes()
 
-    class Enough(Exception):
+    class EnoughError(Exception):
         pass
 
     def handler(_signal: int, _frame: object) -> None:
-        raise Enough
+        raise EnoughError
 
     before = signal.signal(signal.SIGALRM, handler)
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.05)
-        with pytest.raises(Enough):
+        with pytest.raises(EnoughError):
             lanes.receive(timeout=None)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -391,7 +391,7 @@ def test_a_signal_that_is_handled_does_not_cut_the_wait_short(open_lanes: Open) 
 def test_a_signal_gets_through_while_everything_is_dropped(open_lanes: Open, port: int) -> None:
     lanes = open_lanes()
 
-    class Enough(Exception):
+    class EnoughError(Exception):
         pass
 
     with Sender(port, "127.0.0.66") as enemy:
@@ -402,12 +402,12 @@ def test_a_signal_gets_through_while_everything_is_dropped(open_lanes: Open, por
             rings += 1
             enemy.send(*[b"x"] * 20)
             if rings == 10:
-                raise Enough
+                raise EnoughError
 
         before = signal.signal(signal.SIGALRM, handler)
         try:
             signal.setitimer(signal.ITIMER_REAL, 0.005, 0.005)
-            with pytest.raises(Enough):
+            with pytest.raises(EnoughError):
                 lanes.receive(timeout=None)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)

@@ -29,7 +29,7 @@ from userspace.datagram.batch import Abandoned, Batch
 from userspace.datagram.classifier import DatagramClassifier
 from userspace.datagram.socket_statistics import LaneStatistics, SendFailure, SocketStatistics
 from userspace.datagram.sockets import (
-    Destination,
+    SocketAddress,
     ServiceSocket,
     open_service_sockets,
     socket_drops,
@@ -84,7 +84,7 @@ class MmsgLanes:
         self._outstanding = 0
         self._abandoned: list[Abandoned] = []
         self._spare: list[CData] = []
-        self._destinations: dict[object, tuple[Destination, CData]] = {}
+        self._destinations: dict[object, tuple[SocketAddress, CData]] = {}
         self._sent = self._send_failed = self._asynchronous = 0
         #: of the last send call
         self.failures: tuple[SendFailure, ...] = ()
@@ -302,7 +302,7 @@ class MmsgLanes:
     def _destination(self, destination: tuple[Address | str, int]) -> CData:
         known = self._destinations.get(destination)
         if known is None:
-            parsed = Destination.parse(destination)
+            parsed = SocketAddress.parse(destination)
             source = ffi.new("struct sl_source *")
             ffi.memmove(source.address, parsed.address, len(parsed.address))
             source.port, source.scope, source.family = parsed.port, parsed.scope, parsed.family

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 
 from userspace.datagram.socket_statistics import SendFailure
-from userspace.datagram.sockets import Destination
+from userspace.datagram.sockets import SocketAddress
 from xdp.errors import InterfaceGoneError
 
 #: Errors of the socket itself, as against those of one datagram.
@@ -33,7 +33,7 @@ _RETRY = 0.001
 
 
 def send_plain(
-    sock: socket.socket, datagrams: Sequence[tuple[memoryview, Destination]], timeout: float
+    sock: socket.socket, datagrams: Sequence[tuple[memoryview, SocketAddress]], timeout: float
 ) -> tuple[list[SendFailure], int]:
     """What was not sent and why, and how many errors of earlier datagrams were met.
 
@@ -56,7 +56,9 @@ def send_plain(
     return failures, asynchronous
 
 
-def _send_one(sock: socket.socket, payload: memoryview, to: Destination, deadline: float) -> tuple[int, int]:
+def _send_one(
+    sock: socket.socket, payload: memoryview, to: SocketAddress, deadline: float
+) -> tuple[int, int]:
     """(0 or the errno that it failed with, 1 if an error of an earlier datagram was met)."""
     retried = 0
     while True:

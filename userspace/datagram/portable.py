@@ -27,7 +27,7 @@ from userspace.datagram.batch import Abandoned, Batch
 from userspace.datagram.plain_send import FATAL, send_plain
 from userspace.datagram.socket_statistics import LaneStatistics, SendFailure, SocketStatistics
 from userspace.datagram.sockets import (
-    Destination,
+    SocketAddress,
     ServiceSocket,
     open_service_sockets,
     pack_name,
@@ -369,7 +369,7 @@ class PortableLanes:
         timeout: float = 1.0,
     ) -> int:
         """As MmsgLanes.send."""
-        to = Destination.parse(destination)
+        to = SocketAddress.parse(destination)
         try:
             views = [memoryview(payload) for payload in payloads]
         except TypeError:
@@ -379,10 +379,12 @@ class PortableLanes:
     def send_back(self, batch: Batch, *, timeout: float = 1.0) -> int:
         """As MmsgLanes.send_back."""
         return self._send(
-            [(view, Destination.parse(batch.source(i))) for i, view in enumerate(batch)], None, timeout
+            [(view, SocketAddress.parse(batch.source(i))) for i, view in enumerate(batch)], None, timeout
         )
 
-    def _send(self, datagrams: list[tuple[memoryview, Destination]], port: int | None, timeout: float) -> int:
+    def _send(
+        self, datagrams: list[tuple[memoryview, SocketAddress]], port: int | None, timeout: float
+    ) -> int:
         self._opened()
         failures, asynchronous = send_plain(self._socket_of(port), datagrams, timeout)
         self.failures = tuple(failures)

@@ -262,7 +262,7 @@ def socket_drops(sock: socket.socket) -> int:
     return words[_MEMINFO_DROPS]
 
 
-class Destination(NamedTuple):
+class SocketAddress(NamedTuple):
     """Where to send: 16 bytes of address (IPv4 mapped), port, interface index of a link-local address."""
 
     address: bytes
@@ -271,7 +271,7 @@ class Destination(NamedTuple):
     family: int  # 4 or 6
 
     @classmethod
-    def parse(cls, destination: tuple[Address | str, int]) -> Destination:
+    def parse(cls, destination: tuple[Address | str, int]) -> SocketAddress:
         """From (address, port).  Raises UsageError, saying which of the two is wrong."""
         host, port = destination
         if isinstance(host, str):
