@@ -195,6 +195,8 @@ def run_level(root: Path, level: str, arguments: Sequence[str], data: Path | Non
     environment = dict(os.environ)
     command = [sys.executable, "-m"]
     if data:
+        # When we are measured ourselves, our tests' own coverage run must not be measured twice.
+        environment = {name: value for name, value in environment.items() if not name.startswith("COVERAGE_")}
         environment["COVERAGE_FILE"] = str(data / ".coverage")
         environment["COVERAGE_RCFILE"] = str(root / "pyproject.toml")
         command += ["coverage", "run", "-m"]

@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``sluice test``: what counts as passed, over small checkouts with real pytest runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sluice_cli.output import Output
+from sluice_cli.testing import (
+    Result,
+    coverage_data,
+    find_checkout,
+    has_tests,
+    judge,
+    read_report,
+    report_coverage,
+    require_bpf,
+    run_level,
+    show,
+)
+from xdp.errors import SluiceError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+PROJECT = """
+[tool.pytest.ini_options]
+addopts = ["--import-mode=importlib"]
+[tool.coverage.run]
+branch = true
+parallel = true
+source = ["."]
+omit = ["tests/*"]
+[tool.coverage.report]
+fail_under = 90
+"""
+
+HALF_COVERED = """
+def sign(number):
+    if number < 0:
+        return -1
+    return 1
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    (tmp_path / "pyproject.toml").write_text(PROJECT, encoding="utf-8")
+    for level in ("unit", "kernel"):
+        (tmp_path / "tests" / level).mkdir(parents=True)
+    return tmp_path
+
+
+def add_test(checkout: Path, level: str, text: str) -> None:
+    (checkout / "tests" / level / "test_it.py").write_text(text, encoding="utf-8")
+
+
+def run(checkout: Path, level: str, *arguments: str) -> Result:
+    # JSON: what the inner pytest prints goes to stderr, apart from our own.
+    return run_level(checkout, level, arguments, None, Output(json=True))
+
+
+def test_passing_tests_pass(checkout: Path) -> None:
+    add_test(checkout, "unit", "def test_a(): pass\ndef test_b(): pass\n")
+    result = run(checkout, "unit")
+    assert (result.passed, result.failed, result.skipped, result.problem) == (2, 0, 0, "")
+    assert result.seconds > 0
+
+
+def test_failures_and_errors_fail(checkout: Path) -> None:
+    add_test(
+        checkout,
+        "unit",
+        "import pytest\n@pytest.fixture\ndef broken(): raise OSError\n"
+        "def test_a(): assert 0\ndef test_b(broken): pass\ndef test_c(): pass\n",
+    )
+    result = run(checkout, "unit")
+    assert (result.passed, result.failed, result.problem) == (1, 2, "2 failed")
+
+
+SKIPPING = "import pytest\ndef test_a(): pytest.skip('no kernel')\ndef test_b(): pass\n"
+
+
+def test_skip_is_a_failure_where_the_kernel_is_meant(checkout: Path) -> None:
+    add_test(checkout, "kernel", SKIPPING)
+    result = run(checkout, "kernel")
+    assert (result.passed, result.skipped) == (1, 1)
+    assert result.problem == "1 skipped, which proves nothing"
+
+
+def test_skip_is_shown_elsewhere(checkout: Path) -> None:
+    add_test(checkout, "unit", SKIPPING)
+    result = run(checkout, "unit")
+    assert (result.skipped, result.problem) == (1, "")
+
+
+def test_only_skips_fail_anywhere(checkout: Path) -> None:
+    add_test(checkout, "unit", "import pytest\npytest.skip('all', allow_module_level=True)\n")
+    assert run(checkout, "unit").problem
+
+
+def test_no_tests_fail_unless_filtered(checkout: Path) -> None:
+    add_test(checkout, "unit", "")
+    assert run(checkout, "unit").problem == "no tests were found"
+    add_test(checkout, "unit", "def test_a(): pass\n")
+    assert run(checkout, "unit", "-k", "other").problem == ""
+
+
+def test_import_error_fails(checkout: Path) -> None:
+    add_test(checkout, "unit", "import nowhere_to_be_found\n")
+    assert run(checkout, "unit").problem
+
+
+def test_crash_names_its_signal(checkout: Path) -> None:
+    add_test(checkout, "unit", "import os\ndef test_a(): os.kill(os.getpid(), 11)\n")
+    assert run(checkout, "unit").problem == "ended by SIGSEGV"
+
+
+def test_unknown_pytest_option_fails(checkout: Path) -> None:
+    add_test(checkout, "unit", "def test_a(): pass\n")
+    assert "pytest gave up with exit code 4" in run(checkout, "unit", "--no-such-option").problem
+
+
+@pytest.mark.parametrize("text", ["", "<testsuites", "<a/>"])
+def test_torn_report_counts_nothing(tmp_path: Path, text: str) -> None:
+    report = tmp_path / "report.xml"
+    report.write_text(text, encoding="utf-8")
+    result = read_report("unit", report)
+    assert (result.passed, result.failed) == (0, 0)
+    assert judge(result, 0, filtered=False) == "nothing was tested"
+
+
+@pytest.mark.parametrize(
+    ("levels", "whole", "least", "problem"),
+    [
+        (["unit", "kernel"], True, 100.0, ""),
+        (["unit"], True, 50.0, "below the minimum"),
+        (["unit"], False, 50.0, ""),
+    ],
+    ids=["all-covered", "too-little", "part-of-a-run"],
+)
+def test_coverage_of_lines_and_branches(
+    checkout: Path,
+    capsys: pytest.CaptureFixture[str],
+    levels: list[str],
+    whole: bool,
+    least: float,
+    problem: str,
+) -> None:
+    (checkout / "half.py").write_text(HALF_COVERED, encoding="utf-8")
+    (checkout / "conftest.py").write_text("import sys; sys.path.insert(0, '.')\n", encoding="utf-8")
+    add_test(checkout, "unit", "from half import sign\ndef test_a(): assert sign(1) == 1\n")
+    add_test(checkout, "kernel", "from half import sign\ndef test_b(): assert sign(-1) == -1\n")
+    output = Output()
+    with coverage_data(True) as data:
+        assert data is not None
+        for level in levels:
+            assert run_level(checkout, level, [], data, output).problem == ""
+        covered, said = report_coverage(checkout, data, whole, output)
+    assert covered is not None
+    assert least <= covered <= (100 if least == 100 else 89)
+    assert said.endswith(f"{problem} in pyproject.toml") if problem else not said
+    assert "half.py" in capsys.readouterr().out
+    assert not data.exists()
+
+
+def test_coverage_without_data_is_an_error(checkout: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(SluiceError, match="coverage has no data"):
+        report_coverage(checkout, empty, True, Output())
+
+
+def test_summary_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    show([Result("unit", 3), Result("kernel", 1, 2, 0, 1.0, "2 failed")], 91.5, "", Output())
+    out = capsys.readouterr().out
+    assert "coverage, lines and branches: 91.50 %" in out
+    assert out.rstrip().endswith("failed: kernel: 2 failed")
+
+
+def test_summary_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    show([Result("unit", 3, 0, 1, 2.04)], None, "", Output(json=True))
+    document = json.loads(capsys.readouterr().out)
+    assert document["ok"] is True
+    assert document["version"] >= 1
+    assert document["levels"] == [
+        {"name": "unit", "passed": 3, "failed": 0, "skipped": 1, "seconds": 2.0, "problem": ""}
+    ]
+
+
+def test_checkout_is_found() -> None:
+    assert find_checkout() == ROOT
+    assert has_tests(ROOT, "unit")
+    assert not has_tests(ROOT, "none")
+
+
+def command(*arguments: str, before: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*before, sys.executable, "-m", "sluice_cli", "test", *arguments],
+        cwd="/",
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_command_prints_only_json_when_asked() -> None:
+    done = command("--json", "--level", "unit", "-k", "test_version_of")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["ok"] is True
+    assert document["levels"][0]["passed"] >= 5
+
+
+def test_command_with_coverage_of_a_part_holds_no_minimum() -> None:
+    done = command("--level", "unit", "-k", "test_version_of", "--coverage")
+    assert done.returncode == 0, done.stdout
+    assert "coverage, lines and branches:" in done.stdout
+    assert done.stdout.rstrip().endswith("ok")
+
+
+def test_name_that_matches_nothing_is_an_error() -> None:
+    done = command("--level", "unit", "-k", "no_such_test_anywhere")
+    assert done.returncode == 2
+    assert "no test matches -k 'no_such_test_anywhere'" in done.stderr
+
+
+def test_level_that_does_not_exist_is_an_error() -> None:
+    assert command("--level", "nonsense").returncode == 2
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives up capabilities that only root has")
+def test_without_bpf_levels_that_need_it_fail_at_once() -> None:
+    require_bpf()
+    done = command(
+        "--level", "traffic", before=("setpriv", "--bounding-set", "-bpf,-sys_admin,-net_admin,-perfmon")
+    )
+    assert done.returncode == 4
+    assert "need BPF, which can't be loaded here: Operation not permitted" in done.stderr
+    assert "hint: run as root, or choose --level unit" in done.stderr
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 1)])
+def test_interruption_lets_tests_clean_up(checkout: Path, sent: signal.Signals, code: int) -> None:
+    add_test(
+        checkout,
+        "unit",
+        "import pathlib, pytest, threading\n"
+        "@pytest.fixture\n"
+        "def thing():\n"
+        "    pathlib.Path('up').touch()\n"
+        "    yield\n"
+        "    pathlib.Path('down').touch()\n"
+        "def test_a(thing): threading.Event().wait(60)\n",
+    )
+    script = (
+        "import sys, click; from pathlib import Path; from sluice_cli import testing; "
+        f"testing.find_checkout = lambda: Path({str(checkout)!r}); "
+        "testing.LEVELS = {'unit': 'one'}; from sluice_cli.main import main; sys.exit(main(['test']))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd="/",
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}"},
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as process:
+        deadline = time.monotonic() + 30
+        while not (checkout / "up").exists():
+            assert time.monotonic() < deadline, "the inner test did not start"
+            os.sched_yield()
+        if sent == signal.SIGINT:
+            os.killpg(process.pid, sent)  # as a terminal does
+        else:
+            process.send_signal(sent)
+        assert process.wait(30) == code
+    assert (checkout / "down").exists()
