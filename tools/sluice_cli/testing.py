@@ -187,19 +187,19 @@ def coverage_data(wanted: bool) -> Iterator[Path | None]:
         yield path
 
 
+def measuring(root: Path, data: Path) -> dict[str, str]:
+    """Our environment with coverage's settings for this run, and none of a run that measures us."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
+    return kept | {"COVERAGE_FILE": str(data / ".coverage"), "COVERAGE_RCFILE": str(root / "pyproject.toml")}
+
+
 def run_level(root: Path, level: str, arguments: Sequence[str], data: Path | None, output: Output) -> Result:
     """Run one level's tests; pytest writes to our stdout, or to stderr when stdout is for JSON."""
     if not output.json:
         output.line(f"== {level}: {LEVELS[level]}", "bold")
         sys.stdout.flush()
-    environment = dict(os.environ)
-    command = [sys.executable, "-m"]
-    if data:
-        # When we are measured ourselves, our tests' own coverage run must not be measured twice.
-        environment = {name: value for name, value in environment.items() if not name.startswith("COVERAGE_")}
-        environment["COVERAGE_FILE"] = str(data / ".coverage")
-        environment["COVERAGE_RCFILE"] = str(root / "pyproject.toml")
-        command += ["coverage", "run", "-m"]
+    environment = measuring(root, data) if data else dict(os.environ)
+    command = [sys.executable, "-m", *(["coverage", "run", "-m"] if data else [])]
     with tempfile.TemporaryDirectory(prefix="sluice-test-") as directory:
         report = Path(directory) / "report.xml"
         command += ["pytest", f"tests/{level}", f"--junit-xml={report}", *arguments]
@@ -274,7 +274,7 @@ def report_coverage(root: Path, data: Path, whole: bool, output: Output) -> tupl
 
     Returns the percentage (lines and branches) and what is wrong with it.
     """
-    environment = {**os.environ, "COVERAGE_FILE": str(data / ".coverage")}
+    environment = measuring(root, data)
     coverage = [sys.executable, "-m", "coverage"]
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
