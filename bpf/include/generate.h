@@ -72,6 +72,7 @@ struct sluice_generate_template {
 	__u32 udp_sum;
 	__u32 reserved_2;
 	__u8 frame[SLUICE_GENERATE_FRAME];
+	__u8 slack[16]; /* so that a field at any offset ends inside this struct */
 };
 
 /* In the payload, host order: both ends are on one machine and share its clock. */
