@@ -112,8 +112,9 @@ def compile_program(name: str, function: str, *, defines: Sequence[str] = ()) ->
     with tempfile.TemporaryFile() as log:
         try:
             with _stderr_to(log):
-                module = bcc(text=flatten(name), cflags=flags)
-                instructions = module.dump_func(function)
+                # bytes: bcc warns about str, except in cflags
+                module = bcc(text=flatten(name).encode(), cflags=flags)
+                instructions = module.dump_func(function.encode())
         except Exception as error:  # bcc raises bare Exception
             log.seek(0)
             said = log.read().decode(errors="replace")
