@@ -24,9 +24,10 @@ from xdp.tables import compile_policy
 @click.argument("files", metavar="FILE...", nargs=-1, required=True)
 @common_options
 def check(output: Output, files: tuple[str, ...]) -> int:
-    """Validate policy files without touching anything, and say what is in them.
+    """Validate policy files without touching anything.
 
-    All files are checked even if one of them is wrong; the exit code is then that of a bad policy.
+    Says what is in them. All files are checked even if one of them is wrong; the exit code is then that of
+    a bad policy.
     """
     documents = [examine(name) for name in files]
     wrong = [document for document in documents if not document["ok"]]

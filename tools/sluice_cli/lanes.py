@@ -37,9 +37,10 @@ from xdp.names import Names
 @click.option("--all", "everything", is_flag=True, help="Lanes that the policy doesn't use, too.")
 @common_options
 def lanes(output: Output, interface: str | None, interval: float, watch: bool, everything: bool) -> None:
-    """Show each lane's traffic, drops and limits, the highest priority first.
+    """Show each lane's traffic, drops and limits.
 
-    "seen" counts packets that a rule sent to the lane, before limits; what became of them follows.
+    The highest priority comes first. "seen" counts packets that a rule sent to the lane, before limits; what
+    became of them follows.
     pass_no_socket means that nobody reads the lane.
     """
     one = inventory.find(interface)

@@ -21,6 +21,8 @@ import click
 from sluice_cli.output import Output, common_options, examples, write_json
 from xdp.errors import PermissionsError, SluiceError, UnsupportedError, UsageError
 
+#: As click names it, for `eval "$(_SLUICE_COMPLETE=bash_source sluice)"`.
+COMPLETE_VARIABLE = "_SLUICE_COMPLETE"
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
@@ -45,11 +47,11 @@ SUBCOMMANDS: dict[str, Subcommand] = {
     ),
     "peers": Subcommand("peers", "peers", "List the remote addresses that the program has counted."),
     "lanes": Subcommand("lanes", "lanes", "Show each lane's traffic, drops and limits."),
-    "replay": Subcommand("replay", "replay", "Send a capture's datagrams into the lab."),
+    "replay": Subcommand("replay", "replay", "Send the UDP datagrams of a capture into the lab."),
     "lab": Subcommand("lab_command", "lab_command", "Make two hosts on this machine to try things on."),
     "demo": Subcommand("demo", "demo", "Show the promise: votes arrive while the low lane is flooded."),
     "bench": Subcommand("bench", "bench", "Measure Sluice beside its alternatives."),
-    "test": Subcommand("testing", "test", "Run the test suite."),
+    "test": Subcommand("testing", "test", "Run the test suite: all levels, or some."),
 }
 
 HINTS_FOR_ERRNO = {
@@ -141,20 +143,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; never raises for what a user can cause."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        result = cli.main(args=words, prog_name="sluice", standalone_mode=False)
+        if instruction := os.environ.get(COMPLETE_VARIABLE):
+            from click.shell_completion import shell_complete
+
+            return shell_complete(cli, {}, "sluice", COMPLETE_VARIABLE, instruction)
+        # Not cli.main(): what it does with errors and broken pipes differs between click's versions.
+        with cli.make_context("sluice", list(words)) as context:
+            result = cli.invoke(context)
         sys.stdout.flush()
+    except click.exceptions.Exit as stop:
+        return _flushed(stop.exit_code)
     except (KeyboardInterrupt, click.Abort):
         return EXIT_INTERRUPTED
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return error.exit_code
     except BrokenPipeError:
         return _reader_went_away()
-    except SystemExit as stop:  # click turns a broken pipe into this one
-        if isinstance(stop.__context__, BrokenPipeError):
-            return _reader_went_away()
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Exception as error:  # noqa: BLE001 - the last place where an error can be told in one line
         report_error(_described(error), Output.from_words(words), error)
         return _described(error).exit_code
     return result if isinstance(result, int) else 0
+
+
+def _flushed(code: int) -> int:
+    """The exit code, once all that was printed is out (or nobody reads it any more)."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return _reader_went_away()
+    return code
 
 
 def _described(error: Exception) -> SluiceError:

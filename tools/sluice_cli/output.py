@@ -89,16 +89,21 @@ class Output:
 
     def line(self, text: str = "", style: str = "") -> None:
         """One line of text; ``style`` is a colour name or "bold"."""
-        click.echo(_styled(text, style) if style and self.colored() else text)
+        _echo(text, style if self.colored() else "")
 
     def error_line(self, text: str, style: str = "") -> None:
         """One line on stderr."""
-        click.echo(_styled(text, style) if style and self.colored(sys.stderr) else text, err=True)
+        _echo(text, style if self.colored(sys.stderr) else "", err=True)
 
     def note(self, text: str) -> None:
         """Something to know that is no part of the result; not shown with --json."""
         if not self.json:
             self.error_line(f"note: {text}")
+
+    def progress(self, text: str) -> None:
+        """What a long command is doing; on stderr, for those who watch (or asked with --verbose)."""
+        if self.verbose or sys.stderr.isatty():
+            self.error_line(text)
 
     def table(self, table: Table) -> None:
         """A table: through rich on a terminal, plain aligned text elsewhere."""
@@ -158,8 +163,12 @@ def _rich_table(table: Table) -> Any:
     return made
 
 
-def _styled(text: str, style: str) -> str:
-    return click.style(text, bold=True) if style == "bold" else click.style(text, fg=style)
+def _echo(text: str, style: str, *, err: bool = False) -> None:
+    if style:
+        styled = click.style(text, bold=True) if style == "bold" else click.style(text, fg=style)
+        click.echo(styled, err=err, color=True)  # or click takes it out again where there is no terminal
+    else:
+        click.echo(text, err=err)
 
 
 def write_json(document: Mapping[str, object], *, compact: bool = False) -> None:
