@@ -257,7 +257,8 @@ def test_tens_of_thousands_of_prefixes() -> None:
     text = (
         'version = 1\n[[lane]]\nname = "l"\n[[service]]\nname = "s"\nports = [1]\n'
         '[[service.rule]]\naction = "lane"\nlane = "l"\n'
-        f'[[class]]\nname = "a"\nprefixes = {inline[::2]!r}\n[[class]]\nname = "b"\nprefixes = {inline[1::2]!r}\n'
+        f'[[class]]\nname = "a"\nprefixes = {inline[::2]!r}\n'
+        f'[[class]]\nname = "b"\nprefixes = {inline[1::2]!r}\n'
     )
     loaded = Policy.parse(text.replace("'", '"'))
     native = DatagramClassifier(loaded)

@@ -26,11 +26,12 @@ from typing import TYPE_CHECKING, Self
 from typing_extensions import Buffer
 
 from userspace.datagram.batch import Abandoned, Batch
+from userspace.datagram.descriptors import Refusal
 from userspace.datagram.classifier import DatagramClassifier
 from userspace.datagram.socket_statistics import LaneStatistics, SendFailure, SocketStatistics
 from userspace.datagram.sockets import (
-    SocketAddress,
     ServiceSocket,
+    SocketAddress,
     open_service_sockets,
     socket_drops,
     socket_ports,
@@ -67,6 +68,8 @@ class MmsgLanes:
     """
 
     mode = "mmsg"
+    #: better modes that could not be had, set by open_lanes
+    refused: tuple[Refusal, ...] = ()
 
     def __init__(
         self,
@@ -241,7 +244,9 @@ class MmsgLanes:
             return self._send(out, port, timeout)
         try:
             joined = payloads[0] if len(payloads) == 1 else b"".join(payloads)
-            lengths = array("I", [memoryview(payload).nbytes for payload in payloads])
+            lengths = array("I", map(len, payloads))  # type: ignore[arg-type]
+            if sum(lengths) != memoryview(joined).nbytes:  # some view counts in larger items than bytes
+                lengths = array("I", [memoryview(payload).nbytes for payload in payloads])
         except TypeError:
             raise UsageError("payloads are a sequence of bytes-like objects") from None
         out.count = len(lengths)
@@ -336,7 +341,12 @@ class MmsgLanes:
 
     def status(self) -> dict[str, object]:
         """What is in use, as plain values."""
-        return {"mode": self.mode, "ports": list(self.ports), "lanes": list(self.policy.lane_names)}
+        return {
+            "mode": self.mode,
+            "ports": list(self.ports),
+            "lanes": list(self.policy.lane_names),
+            "refused": [{"mode": refusal.mode, "reason": refusal.reason} for refusal in self.refused],
+        }
 
     def statistics(self) -> SocketStatistics:
         """Counters since opening; exact when no other thread receives."""

@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 from typing_extensions import Buffer
 
 from userspace.datagram.batch import Abandoned, Batch
+from userspace.datagram.descriptors import Refusal
 from userspace.datagram.plain_send import FATAL, send_plain
 from userspace.datagram.socket_statistics import LaneStatistics, SendFailure, SocketStatistics
 from userspace.datagram.sockets import (
-    SocketAddress,
     ServiceSocket,
+    SocketAddress,
     open_service_sockets,
     pack_name,
     socket_drops,
@@ -92,6 +93,8 @@ class PortableLanes:
     """See MmsgLanes: the same arguments, methods and errors.  Belongs to one thread."""
 
     mode = "portable"
+    #: better modes that could not be had, set by open_lanes
+    refused: tuple[Refusal, ...] = ()
 
     def __init__(
         self,
@@ -422,7 +425,12 @@ class PortableLanes:
 
     def status(self) -> dict[str, object]:
         """What is in use, as plain values."""
-        return {"mode": self.mode, "ports": list(self.ports), "lanes": list(self.policy.lane_names)}
+        return {
+            "mode": self.mode,
+            "ports": list(self.ports),
+            "lanes": list(self.policy.lane_names),
+            "refused": [{"mode": refusal.mode, "reason": refusal.reason} for refusal in self.refused],
+        }
 
     def statistics(self) -> SocketStatistics:
         """As MmsgLanes.statistics."""

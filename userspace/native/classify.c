@@ -28,7 +28,14 @@ struct stranger {
 	bool referenced; /* seen again since the hand passed */
 };
 
+struct peer_ref {
+	struct sluice_peer *peer;
+	struct stranger *stranger; /* NULL: a known peer */
+};
+
 struct sl_classifier {
+	struct peer_ref recent; /* the last one, NULL: none; senders come in bursts */
+	struct sl_words recent_address;
 	struct sl_tables *tables;
 	struct known *known;
 	uint32_t known_mask;
@@ -40,11 +47,6 @@ struct sl_classifier {
 	__u64 prefix_tat[SLUICE_PREFIX_BUCKETS];
 	uint32_t chain[STRANGER_CHAINS];
 	struct stranger stranger[SLUICE_MAX_STRANGERS];
-};
-
-struct peer_ref {
-	struct sluice_peer *peer;
-	struct stranger *stranger; /* NULL: a known peer */
 };
 
 static struct known *known_slot(struct known *known, uint32_t mask, uint64_t h, struct sl_words a)
@@ -177,6 +179,7 @@ int sl_classifier_swap(struct sl_classifier *c, struct sl_tables *tables)
 	c->known = fresh;
 	c->known_mask = slots - 1;
 	c->generation++; /* every cached class and bucket is void */
+	c->recent.peer = NULL;
 	rehash_strangers(c);
 	for (uint32_t i = 0; old && i < old_slots; i++) {
 		struct sl_words a = old[i].address;
@@ -223,10 +226,20 @@ const struct sluice_peer *sl_classifier_peer(struct sl_classifier *classifier,
 static struct peer_ref peer_of(struct sl_classifier *c, struct sl_words a, uint64_t now)
 {
 	const struct sl_tables *t = c->tables;
-	uint64_t h = sl_hash(t, a, TAG_PEER);
-	struct known *k = known_slot(c->known, c->known_mask, h, a);
-	struct peer_ref ref = { &k->peer, NULL };
+	struct peer_ref ref;
+	struct known *k;
+	uint64_t h;
 
+	/* A stranger's entry may have become another's in the meantime. */
+	if (c->recent.peer && sl_same(c->recent_address, a) &&
+	    (!c->recent.stranger || sl_same(c->recent.stranger->address, a))) {
+		if (c->recent.stranger)
+			c->recent.stranger->referenced = true;
+		return c->recent;
+	}
+	h = sl_hash(t, a, TAG_PEER);
+	k = known_slot(c->known, c->known_mask, h, a);
+	ref = (struct peer_ref){ &k->peer, NULL };
 	if (!k->used) {
 		ref.stranger = find_stranger(c, h, a);
 		if (ref.stranger) {
@@ -249,6 +262,8 @@ static struct peer_ref peer_of(struct sl_classifier *c, struct sl_words a, uint6
 					       (SLUICE_PREFIX_BUCKETS - 1);
 		}
 	}
+	c->recent = ref;
+	c->recent_address = a;
 	return ref;
 }
 
