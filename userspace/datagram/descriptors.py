@@ -230,9 +230,10 @@ class LaneDescriptors:
             refused=parsed.refused,
         )
 
-    def release(self) -> None:
-        """The descriptors are somebody else's from now on (attached, say)."""
-        self._open = False
+    def take_companions(self) -> tuple[tuple[int, int], ...]:
+        """The (port, descriptor) pairs; they are the caller's from then on."""
+        taken, self.companions = self.companions, ()
+        return taken
 
     def close(self) -> None:
         """Close all descriptors, unless they were taken over; may be called again."""

@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Self
 from typing_extensions import Buffer
 
 from userspace.datagram.batch import Abandoned, Batch
-from userspace.datagram.descriptors import Refusal
 from userspace.datagram.classifier import DatagramClassifier
+from userspace.datagram.descriptors import Refusal
 from userspace.datagram.socket_statistics import LaneStatistics, SendFailure, SocketStatistics
 from userspace.datagram.sockets import (
     ServiceSocket,

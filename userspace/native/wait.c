@@ -31,6 +31,7 @@
 /* What an event is about; lanes have the data 0. */
 #define EVENT_WAKE 1
 #define EVENT_LINK 2
+#define EVENT_OTHER 3
 
 struct sl_group {
 	pthread_mutex_t lock; /* of waiting, closed and the descriptors */
@@ -158,6 +159,11 @@ struct sl_group *sl_group_new(struct sl_queue **queues, uint32_t count, uint32_t
 	return group;
 }
 
+int sl_group_watch(struct sl_group *group, int fd)
+{
+	return watch(group->epoll_fd, fd, EPOLLIN, EVENT_OTHER);
+}
+
 void sl_group_close(struct sl_group *group)
 {
 	uint64_t one = 1;
@@ -254,7 +260,7 @@ static void drain(int fd)
  * Sleeps once, at most nanoseconds.  1: something happened, 0: nothing, or an
  * error of sl_group_receive.
  */
-static int sleep_once(struct sl_group *group, int64_t nanoseconds)
+static int sleep_once(struct sl_group *group, int64_t nanoseconds, bool *other)
 {
 	struct timespec timeout = { nanoseconds / 1000000000, nanoseconds % 1000000000 };
 	struct epoll_event events[EVENTS];
@@ -268,6 +274,8 @@ static int sleep_once(struct sl_group *group, int64_t nanoseconds)
 	for (i = 0; i < count; i++) {
 		if (events[i].data.u64 == EVENT_WAKE)
 			return -EBADF;
+		if (events[i].data.u64 == EVENT_OTHER)
+			*other = true;
 		if (events[i].data.u64 == EVENT_LINK)
 			drain(group->link_fd);
 		if (events[i].data.u64 == EVENT_LINK || events[i].events & ~EPOLLIN)
@@ -294,7 +302,7 @@ static int wait_and_receive(struct sl_group *group, struct sl_batch *batch, uint
 {
 	int64_t deadline = timeout_us > 0 ? now_ns() + timeout_us * 1000 : 0, left = timeout_us;
 	int result;
-	bool echoes;
+	bool echoes, other = false;
 
 	for (;;) {
 		int64_t slice = CHECK_INTERVAL;
@@ -310,10 +318,12 @@ static int wait_and_receive(struct sl_group *group, struct sl_batch *batch, uint
 			if (left < slice)
 				slice = left;
 		}
-		result = sleep_once(group, slice);
+		result = sleep_once(group, slice, &other);
 		if (result < 0)
 			return result;
 		result = try_all(group, batch, maximum);
+		if (!result && other)
+			return -EAGAIN;
 		if (result || (timeout_us >= 0 && left <= slice))
 			return result;
 	}

@@ -27,6 +27,12 @@ struct sl_group;
 struct sl_group *sl_group_new(struct sl_queue **queues, uint32_t count, uint32_t slot,
 			      struct sl_error *error);
 
+/*
+ * One descriptor more that ends the waiting: sl_group_receive then returns -EAGAIN, when
+ * the queues have nothing.  Not owned.  0 or -errno.
+ */
+int sl_group_watch(struct sl_group *group, int fd);
+
 /* Wakes whoever waits; nothing is received any more.  The last one out closes the descriptors. */
 void sl_group_close(struct sl_group *group);
 void sl_group_free(struct sl_group *group);
@@ -40,6 +46,7 @@ int sl_group_fd(const struct sl_group *group);
  * number of packets (0: the timeout passed), or
  *
  *      -EINTR    a signal; call again
+ *      -EAGAIN   the descriptor of sl_group_watch is ready
  *      -EBADF    closed, maybe meanwhile
  *      -ENXIO    the interface is gone
  *      -EDQUOT   without a timeout, but every lane holds all it may: would wait for ever

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lanes: UDP in batches, highest priority first, whatever carries them.
+
+    with open_lanes("policy.toml", interface="eth1") as lanes:
+        while True:
+            with lanes.receive() as batch:
+                ...
+
+:func:`open_lanes` opens everything in this process, which needs root for AF_XDP;
+:func:`attach_lanes` uses what somebody else has opened, and needs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self, runtime_checkable
+
+from typing_extensions import Buffer
+
+from userspace.datagram.batch import Batch
+from userspace.datagram.companion import Companion, open_companion_sockets
+from userspace.datagram.descriptors import LaneDescriptors, Mode, Refusal
+from userspace.datagram.destination import Endpoint
+from userspace.datagram.mmsg import MmsgLanes
+from userspace.datagram.opening import Wanted, open_interface, rungs
+from userspace.datagram.portable import PortableLanes
+from userspace.datagram.xsk_lanes import XskLanes
+from xdp.errors import PermissionsError, SluiceError, UnsupportedError, UsageError
+from xdp.policy import Policy
+
+__all__ = ["Lanes", "attach_lanes", "open_lanes"]
+
+
+@runtime_checkable
+class Lanes(Protocol):
+    """What all backends have in common; each says more in its own class."""
+
+    @property
+    def mode(self) -> str:
+        """Which rung of the ladder this is."""
+
+    def receive(self, maximum: int = 256, timeout: float | None = None) -> Batch:
+        """At most ``maximum`` packets, waiting up to ``timeout`` seconds for the first."""
+
+    def try_receive(self, maximum: int = 256) -> Batch:
+        """What is there now, maybe nothing."""
+
+    def fileno(self) -> int:
+        """Readable when ``try_receive`` may have something; for event loops."""
+
+    def send(
+        self, destination: Endpoint, payloads: Sequence[Buffer] | Batch, *, port: int | None = None
+    ) -> int:
+        """Send each payload as one datagram from service port ``port``; how many were accepted."""
+
+    def send_back(self, batch: Batch) -> int:
+        """Send every payload to where it came from; how many were accepted.
+
+        Over AF_XDP this uses the batch up, elsewhere it stays held: leave it in its ``with``.
+        """
+
+    def status(self) -> dict[str, object]:
+        """What is in use and why nothing better, JSON-able."""
+
+    def statistics(self) -> object:
+        """Counters, of the backend's own kind."""
+
+    def close(self) -> None:
+        """Close everything; may be called again."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def attach_lanes(descriptors: LaneDescriptors, policy: Policy | None = None) -> XskLanes:
+    """Use lanes that are open already; takes over the descriptors, also when it fails.
+
+    Companion sockets among them need the policy (they classify in this process);
+    without one they are closed.  Needs no privileges.
+
+    Raises BusyError when another application has used these descriptors.
+    """
+    companion = None
+    if policy is not None and descriptors.companions:
+        companion = Companion.adopt(policy, descriptors.take_companions())
+    try:
+        return XskLanes(descriptors, companion=companion)
+    except BaseException:
+        if companion is not None:
+            companion.close()
+        raise
+
+
+def open_lanes(
+    policy: Policy | str | Path,
+    *,
+    interface: str | None = None,
+    mode: Wanted = "auto",
+    queues: Sequence[int] | None = None,
+    skip_busy_ports: bool = False,
+) -> Lanes:
+    """Open the lanes of a policy in this process, in the best mode that can be had.
+
+    ``policy`` is one, or the path of its file.  The ladder is native zero-copy,
+    native copy, generic copy, mmsg, portable; ``mode`` and the policy's ``[interface]``
+    narrow it.  ``status()`` says which rung holds and why the better ones did not.
+    Without an ``interface`` only kernel sockets (mmsg, portable) are possible.
+    ``queues`` are the interface's receive queues to serve, all of them by default.
+    ``skip_busy_ports`` goes on without companion sockets on ports that others have.
+
+    Raises UsageError, PolicyError, BusyError (another program on the interface, other
+    sockets on a queue, a port taken), PermissionsError and UnsupportedError (no allowed mode works).
+    """
+    if not isinstance(policy, Policy):
+        policy = Policy.load(policy)
+    modes = rungs(mode, policy)
+    over_xdp = tuple(rung for rung in modes if rung not in {"mmsg", "portable"})
+    over_sockets = modes[len(over_xdp) :]
+    refused: list[Refusal] = []
+    if over_xdp and interface is None and not over_sockets:
+        raise UsageError(f"mode {mode} needs an interface", hint='give interface="eth1", say')
+    if over_xdp and interface is not None:
+        try:
+            return _open_xsk(policy, interface, over_xdp, queues, skip_busy_ports)
+        except (UnsupportedError, PermissionsError) as error:
+            if not over_sockets:
+                raise
+            refused += [Refusal(mode=rung, reason=str(error)) for rung in over_xdp]
+    return _open_sockets(policy, over_sockets, refused)
+
+
+def _open_xsk(
+    policy: Policy,
+    interface: str,
+    modes: Sequence[Mode],
+    queues: Sequence[int] | None,
+    skip_busy_ports: bool,
+) -> XskLanes:
+    opened = open_interface(policy, interface, modes, queues=queues)
+    try:
+        companion = Companion(policy, open_companion_sockets(policy, skip_busy=skip_busy_ports))
+        try:
+            return XskLanes(opened.descriptors, companion=companion, on_close=opened.close)
+        except BaseException:
+            companion.close()
+            raise
+    except BaseException:
+        opened.close()
+        raise
+
+
+def _open_sockets(policy: Policy, modes: Sequence[Mode], refused: list[Refusal]) -> Lanes:
+    backends: dict[Mode, type[MmsgLanes] | type[PortableLanes]] = {
+        "mmsg": MmsgLanes,
+        "portable": PortableLanes,
+    }
+    for mode in modes:
+        try:
+            lanes = backends[mode](policy)
+        except UnsupportedError as error:
+            refused.append(Refusal(mode=mode, reason=str(error)))
+            continue
+        lanes.refused = tuple(refused)
+        return lanes
+    raise _nothing_works(refused)
+
+
+def _nothing_works(refused: Sequence[Refusal]) -> SluiceError:
+    return UnsupportedError(
+        f"no mode works: {refused[-1].reason if refused else 'none is allowed'}",
+        hint="`sluice doctor` says what is missing",
+        detail="\n".join(f"{refusal.mode}: {refusal.reason}" for refusal in refused),
+    )
