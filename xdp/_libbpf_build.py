@@ -104,6 +104,8 @@ int sluice_link_by_id(uint32_t id);
 int sluice_btf_by_id(uint32_t id);
 /* raw BTF of a descriptor; returns its whole size, copies at most size bytes */
 int sluice_btf_raw(int btf_fd, void *buffer, uint32_t size, uint32_t *kernel_btf);
+/* no more writes from user space, by system call or mapping; programs still write */
+int sluice_map_freeze(int fd);
 int sluice_obj_pin(int fd, const char *path);
 int sluice_obj_get(const char *path);
 int sluice_probe_prog_type(uint32_t type);
@@ -353,6 +355,11 @@ static int sluice_btf_raw(int btf_fd, void *buffer, uint32_t size, uint32_t *ker
     if (kernel_btf)
         *kernel_btf = raw.kernel_btf;
     return raw.btf_size;
+}
+
+static int sluice_map_freeze(int fd)
+{
+    return result(bpf_map_freeze(fd));
 }
 
 static int sluice_obj_pin(int fd, const char *path)
