@@ -292,6 +292,12 @@ class TestCommand:
         document = json.loads(out)
         assert document["interrupted"] is True
         assert document["sent"] >= 1
+        assert document["read"] == document["sent"] + sum(document["skipped"].values())
+        sink.setblocking(False)
+        for _ in range(document["sent"] - 1):  # the first was read above
+            sink.recv(100)
+        with pytest.raises(BlockingIOError):
+            sink.recv(100)
         assert child.returncode == 130
         assert "Traceback" not in err
 

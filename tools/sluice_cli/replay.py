@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import errno
 import re
+import signal
 import socket
 import sys
+import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Generator, Mapping
@@ -50,7 +52,7 @@ _SKIPPED_ERRORS: Final = {
 
 @dataclass
 class Summary:
-    """What a replay did; ``read == sent + sum(skipped.values())`` unless interrupted."""
+    """What a replay did; ``read == sent + sum(skipped.values())`` always."""
 
     read: int = 0
     sent: int = 0
@@ -165,8 +167,8 @@ def replay_capture(
     pace: Pace = "original",
     count: int | None = None,
     loop: bool = False,
-    summary: Summary | None = None,
     progress: Progress | None = None,
+    stop: threading.Event | None = None,
 ) -> Summary:
     """Send a capture's datagrams through ``sender``.
 
@@ -177,14 +179,15 @@ def replay_capture(
             a number is datagrams per second.
         count: stop after so many were sent.
         loop: begin again at the end; without ``count``, until interrupted.
-        summary: updated while it runs, for whoever wants to see it after an interruption.
         progress: told about every datagram.
+        stop: ends it when set, from another thread or a signal handler; counts stay exact.
 
     Raises:
         CaptureError: the file is damaged; what came before was sent.
     """
-    summary = Summary() if summary is None else summary
-    clock = _Clock(pace)
+    summary = Summary()
+    stop = threading.Event() if stop is None else stop
+    clock = _Clock(pace, stop)
     began = time.monotonic()
     try:
         while count is None or summary.sent < count:
@@ -192,7 +195,7 @@ def replay_capture(
             with closing(_counted(capture, summary, base)) as datagrams:
                 for datagram in datagrams:
                     clock.wait(datagram.time_ns)
-                    reason = sender.send(datagram)
+                    reason = "interrupted" if stop.is_set() else sender.send(datagram)
                     if reason:
                         # counted in the capture's own counter, which the summary is made from
                         capture.skipped[reason] += 1
@@ -201,15 +204,16 @@ def replay_capture(
                         summary.bytes += len(datagram.payload)
                     if progress is not None:
                         progress.update(summary)
-                    if summary.sent == count:
+                    if summary.sent == count or stop.is_set():
                         break
                 else:
                     summary.passes += 1
-            if not loop or summary.sent == sent_before:
+            if not loop or summary.sent == sent_before or stop.is_set():
                 break
             clock.restart()
     finally:
         summary.seconds = time.monotonic() - began
+        summary.interrupted = stop.is_set()
         if progress is not None:
             progress.finish()
     return summary
@@ -229,8 +233,9 @@ def _counted(
 class _Clock:
     """When the next datagram is due.  Deadlines are absolute, so that delays do not add up."""
 
-    def __init__(self, pace: Pace) -> None:
+    def __init__(self, pace: Pace, stop: threading.Event) -> None:
         self._pace = pace
+        self._stop = stop
         self._start = time.monotonic()
         self._number = 0
         self._due_ns = 0
@@ -253,8 +258,8 @@ class _Clock:
         else:
             due = self._start + self._number / self._pace
             self._number += 1
-        while (ahead := due - time.monotonic()) > _SLEEP_SECONDS:
-            time.sleep(ahead)
+        while (ahead := due - time.monotonic()) > _SLEEP_SECONDS and not self._stop.wait(ahead):
+            pass
 
 
 class Progress:
@@ -405,7 +410,6 @@ def replay(
         raise UsageError("--map and a port in --to contradict each other", hint="use one of them")
     speed = parse_pace(pace)
     check_destination(address, lab=lab, allow_any=allow_any)
-    summary = Summary()
     with ExitStack() as stack:
         where: AbstractContextManager[Any] = nullcontext()
         if lab is not None:
@@ -413,11 +417,13 @@ def replay(
         stack.enter_context(where)
         keep = source_port == "keep"
         sender = stack.enter_context(Sender(address, port, ports=ports, keep_source_port=keep))
-        try:
-            options: dict[str, Any] = {"pace": speed, "count": count, "loop": loop}
-            replay_capture(Capture(file), sender, summary=summary, progress=Progress(), **options)
-        except KeyboardInterrupt:
-            summary.interrupted = True
+        options: dict[str, Any] = {
+            "pace": speed,
+            "count": count,
+            "loop": loop,
+            "stop": _stop_on_interrupt(stack),
+        }
+        summary = replay_capture(Capture(file), sender, progress=Progress(), **options)
     document = {"file": str(file), "to": to, **summary.document()}
     output.report(document, lambda: _show(output, summary))
     if summary.interrupted:
@@ -426,6 +432,16 @@ def replay(
         raise SluiceError(
             f"{file}: nothing was sent", hint="it holds no whole UDP datagram; --json lists the reasons"
         )
+
+
+def _stop_on_interrupt(stack: ExitStack) -> threading.Event:
+    """An event that Ctrl-C sets; an exception could come between sending and counting."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        return stop  # only the main thread may handle signals
+    before = signal.signal(signal.SIGINT, lambda _number, _frame: stop.set())
+    stack.callback(signal.signal, signal.SIGINT, before)
+    return stop
 
 
 def _show(output: Output, summary: Summary) -> None:
