@@ -89,6 +89,11 @@ class MmsgLanes:
         self._spare: list[CData] = []
         self._destinations: dict[object, tuple[SocketAddress, CData]] = {}
         self._sent = self._send_failed = self._asynchronous = 0
+        # Used again by every send, so that it allocates nothing of its own.
+        self._out: CData = ffi.new("struct sl_outgoing *")
+        self._result: CData = ffi.new("struct sl_send_result *")
+        self._room = 0
+        self._failed: tuple[CData, CData] = (ffi.NULL, ffi.NULL)
         #: of the last send call
         self.failures: tuple[SendFailure, ...] = ()
         self._sockets = list(open_service_sockets(socket_ports(policy)) if sockets is None else sockets)
@@ -232,7 +237,7 @@ class MmsgLanes:
         in all for room in buffers.  Payloads of a Batch are sent from where they lie.
         """
         to = self._destination(destination)
-        out = ffi.new("struct sl_outgoing *")
+        out = self._out
         out.destination = to
         out.destinations = 1
         if isinstance(payloads, Batch):
@@ -249,7 +254,7 @@ class MmsgLanes:
                 lengths = array("I", [memoryview(payload).nbytes for payload in payloads])
         except TypeError:
             raise UsageError("payloads are a sequence of bytes-like objects") from None
-        out.count = len(lengths)
+        out.count, out.offset = len(lengths), ffi.NULL
         base, length = ffi.from_buffer("uint8_t[]", joined), ffi.from_buffer("uint32_t[]", lengths)
         out.base, out.length = base, length
         return self._send(out, port, timeout)
@@ -262,7 +267,7 @@ class MmsgLanes:
         if not batch:
             return 0
         memory = batch.memory
-        out = ffi.new("struct sl_outgoing *")
+        out = self._out
         out.base, out.offset, out.length = memory.data, memory.offsets, memory.lengths
         out.destination = memory.sources
         out.destinations = out.count = len(batch)
@@ -273,8 +278,12 @@ class MmsgLanes:
             raise ValueError("these lanes are closed")
         sock = self._socket_of(port)
         count: int = out.count
-        index, errors = ffi.new("uint32_t[]", count + 1), ffi.new("int32_t[]", count + 1)
-        result = ffi.new("struct sl_send_result *")
+        if count > self._room:
+            self._room = count
+            self._failed = ffi.new("uint32_t[]", count), ffi.new("int32_t[]", count)
+        index, errors = self._failed
+        result = self._result
+        result.sent = result.failed = result.next = result.asynchronous = 0
         deadline = time.monotonic() + timeout
         milliseconds = _milliseconds(timeout)
         while True:
@@ -282,18 +291,21 @@ class MmsgLanes:
             if result.stopped != errno.EINTR:
                 break
             milliseconds = _milliseconds(deadline - time.monotonic())
+        sent: int = result.sent
+        self._sent += sent
+        self._asynchronous += result.asynchronous
+        self.failures = ()
+        if sent == count:
+            return sent
         failures = [SendFailure(index[i], errors[i]) for i in range(result.failed)]
         failures += [SendFailure(i, result.stopped) for i in range(result.next, count)]
         self.failures = tuple(failures)
-        self._sent += result.sent
         self._send_failed += len(failures)
-        self._asynchronous += result.asynchronous
         if result.stopped in {errno.EBADF, errno.ENOTSOCK}:
             raise InterfaceGoneError(
                 f"a kernel socket can't be written any more: {os.strerror(result.stopped)}",
                 hint="it was closed elsewhere; open the lanes again",
             )
-        sent: int = result.sent
         return sent
 
     def _socket_of(self, port: int | None) -> socket.socket:
