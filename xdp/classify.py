@@ -143,27 +143,14 @@ class Classifier:
         self, source: bytes, service: int, payload: bytes | memoryview, now_ns: int, *, answerable: bool
     ) -> Verdict:
         view = self._view
-        peer = view.peer_id(source)
-        class_id = view.class_of(source)
+        peer, class_id = view.identify(source)
         kind = view.kind_of(service, payload)
         decision = view.decide(service, class_id, kind)
-        known = Verdict(
-            lib.SLUICE_PASS_POLICY,
-            service=service,
-            class_id=class_id,
-            kind=kind,
-            payload_length=len(payload),
-            peer=peer,
-        )
-        if decision.action == "pass":
-            return known
-        if decision.action == "deny":
-            return known._replace(reason=lib.SLUICE_DROP_DENIED)
-        if decision.action == "drop":
-            return known._replace(reason=lib.SLUICE_DROP_POLICY)
-        probe = decision.action == "reply" and answerable and is_probe(payload)
+        if decision.lane < 0:
+            return Verdict(decision.reason, None, service, class_id, kind, 0, len(payload), peer)
+        probe = decision.reply and answerable and is_probe(payload)
         reason, lane = self._limited(decision, source, peer, now_ns, probe=probe)
-        return known._replace(reason=reason, lane=lane, chosen=decision.lane)
+        return Verdict(reason, lane, service, class_id, kind, 0, len(payload), peer, decision.lane)
 
     def _limited(
         self, decision: Decision, source: bytes, peer: int, now_ns: int, *, probe: bool

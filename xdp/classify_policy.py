@@ -11,6 +11,7 @@ from ipaddress import IPv4Network
 from typing import NamedTuple
 
 from xdp import policy_model as model
+from xdp._libbpf import lib
 from xdp.abi import pack_address
 from xdp.classify_frame import MAPPED
 from xdp.classify_limit import Limit
@@ -18,6 +19,9 @@ from xdp.policy import Policy
 from xdp.tables import limit_ns
 
 _HEARTBEAT_MAGIC = b"SLHB"  # SLUICE_HEARTBEAT_MAGIC as it stands in the packet
+
+#: Addresses whose peer and class are remembered; about 10 MB.
+_MAX_IDENTITIES = 65536
 
 
 class LaneView(NamedTuple):
@@ -29,17 +33,19 @@ class LaneView(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """A rule with everything filled in; ``lane`` is -1 where the action has none."""
+    """A rule with everything filled in; without a lane (-1) ``reason`` is the verdict."""
 
-    action: str
+    reason: int
     lane: int = -1
+    reply: bool = False
     demote: int | None = None
     peer: Limit | None = None
     prefix: Limit | None = None
 
 
-_DENY = Decision("deny")
-_PASS = Decision("pass")
+_DENY = Decision(lib.SLUICE_DROP_DENIED)
+_DROP = Decision(lib.SLUICE_DROP_POLICY)
+_PASS = Decision(lib.SLUICE_PASS_POLICY)
 
 
 class PolicyView:
@@ -71,14 +77,24 @@ class PolicyView:
             for peer in peer_class.peers:
                 tables[peer.address.version].setdefault(0, {})[int(peer.address)] = number
         self._prefixes = {version: sorted(table.items()) for version, table in tables.items()}
+        self._patterns = [_patterns(service) for service in policy.services]
         self._decisions: dict[tuple[int, int, int], Decision] = {}
+        self._identities: dict[bytes, tuple[int, int]] = {}
 
-    def peer_id(self, source: bytes) -> int:
-        """The number of a configured peer, 0 for a stranger; ``source`` is 16 bytes, IPv4 mapped."""
-        return self._known.get(source, 0)
+    def identify(self, source: bytes) -> tuple[int, int]:
+        """Peer and class of ``source`` (16 bytes, IPv4 mapped).
 
-    def class_of(self, source: bytes) -> int:
-        """The class of the longest prefix that holds ``source``, or the default class."""
+        The peer is 0 for a stranger, the class that of the longest prefix or 0.
+        """
+        identity = self._identities.get(source)
+        if identity is None:
+            identity = (self._known.get(source, 0), self._class_of(source))
+            if len(self._identities) >= _MAX_IDENTITIES:
+                self._identities.clear()
+            self._identities[source] = identity
+        return identity
+
+    def _class_of(self, source: bytes) -> int:
         if source[:12] == MAPPED:
             address, tables = int.from_bytes(source[12:], "big"), self._prefixes[4]
         else:
@@ -98,12 +114,10 @@ class PolicyView:
 
     def kind_of(self, service_number: int, payload: bytes | memoryview) -> int:
         """The first kind one of whose patterns matches, 0 for none; heartbeats come before all."""
-        service = self.policy.services[service_number - 1]
-        if service.heartbeat and payload[:4] == _HEARTBEAT_MAGIC:
-            return len(service.kinds) + 1
-        for number, kind in enumerate(service.kinds, start=1):
-            if any(_matches(match, payload) for match in kind.match):
-                return number
+        length = len(payload)
+        for start, end, mask, value, kind in self._patterns[service_number - 1]:
+            if end <= length and int.from_bytes(payload[start:end], "big") & mask == value:
+                return kind
         return 0
 
     def decide(self, service_number: int, class_number: int, kind: int) -> Decision:
@@ -125,12 +139,12 @@ class PolicyView:
                 continue
             if rule.kinds and name not in rule.kinds:
                 continue
-            return _PASS if rule.action == "pass" else self._complete(rule, peer_class)
+            return self._complete(rule, peer_class)
         return _PASS
 
     def _complete(self, rule: model.Rule, peer_class: model.Class) -> Decision:
         if rule.lane is None:
-            return Decision(rule.action)
+            return _PASS if rule.action == "pass" else _DROP
         names = self.policy.lane_names
         lane = names.index(rule.lane)
         demote: int | None = None
@@ -138,8 +152,9 @@ class PolicyView:
         if target is not None and names.index(target) > lane:
             demote = names.index(target)
         return Decision(
-            action=rule.action,
+            reason=lib.SLUICE_STEER,
             lane=lane,
+            reply=rule.action == "reply",
             demote=demote,
             peer=_limit(rule.peer_rate, rule.peer_burst)
             or _limit(peer_class.peer_rate, peer_class.peer_burst),
@@ -152,8 +167,14 @@ def _limit(rate: int | None, burst: int | None) -> Limit | None:
     return None if rate is None else Limit(*limit_ns(rate, burst))
 
 
-def _matches(match: model.Match, payload: bytes | memoryview) -> bool:
-    part = payload[match.offset : match.offset + len(match.mask)]
-    if len(part) < len(match.mask):
-        return False
-    return all(byte & mask == value for byte, mask, value in zip(part, match.mask, match.value, strict=True))
+def _patterns(service: model.Service) -> list[tuple[int, int, int, int, int]]:
+    """Start, end, mask, value and kind of each pattern, in the order in which they are tried."""
+    patterns = []
+    if service.heartbeat:
+        magic = int.from_bytes(_HEARTBEAT_MAGIC, "big")
+        patterns.append((0, len(_HEARTBEAT_MAGIC), 0xFFFFFFFF, magic, len(service.kinds) + 1))
+    for kind, entry in enumerate(service.kinds, start=1):
+        for match in entry.match:
+            mask, value = int.from_bytes(match.mask, "big"), int.from_bytes(match.value, "big")
+            patterns.append((match.offset, match.offset + len(match.mask), mask, value, kind))
+    return patterns

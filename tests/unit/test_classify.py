@@ -217,6 +217,12 @@ def test_peer_limit_then_prefix_limit_of_strangers(classifier: Classifier) -> No
     assert reasons(classifier, [frame("10.1.0.1")], now=2 * SECOND) == ["steer"]
 
 
+def test_strangers_of_an_ipv6_prefix_share_its_limit() -> None:
+    classifier = Classifier(Policy.parse(POLICY.replace('"10.1.0.0/16"', '"10.1.0.0/16", "2001:db8:1::/48"')))
+    sources = [f"2001:db8:1:{number:x}::1" for number in range(4)]
+    assert reasons(classifier, [frame(source) for source in sources]) == ["steer"] * 3 + ["drop_prefix_limit"]
+
+
 def test_limits_do_not_touch_other_peers_or_pass_and_drop(classifier: Classifier) -> None:
     assert reasons(classifier, [frame("11.0.0.1", b"\0")] * 50) == ["drop_policy"] * 50
     assert reasons(classifier, [frame("10.0.0.1", b"\0")] * 50) == ["pass_policy"] * 50

@@ -14,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.policy_texts import lane, peer_class, policy, rule
+from xdp import policy_model
+from xdp._libbpf import lib
 from xdp.errors import PolicyError
 from xdp.policy import Policy
 from xdp.policy_model import Companion, Interface, Match, Owner, PeerEntry, Rings, StrangerPrefix
@@ -156,6 +158,18 @@ def test_too_many_peers_are_counted_over_all_classes(tmp_path: Path) -> None:
         PolicyError, match="class: 131074 peers in all classes together; allowed: at most 131072"
     ):
         Policy.parse(policy(classes="".join(halves)))
+
+
+def test_prefixes_and_peers_together_fit_the_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The real number would take seconds to read; that the limit is the kernel's is the first line here.
+    assert policy_model.MAX_PREFIXES < lib.SLUICE_MAX_PREFIXES
+    monkeypatch.setattr(policy_model, "MAX_PREFIXES", 3)
+    text = 'prefixes = ["10.0.0.0/8", "2001:db8::/32"]\npeers = ["192.0.2.1"%s]'
+    assert len(Policy.parse(peer_class(text % "")).peers) == 1
+    with pytest.raises(
+        PolicyError, match="class: 4 prefixes and peers in all classes together; allowed: at most 3"
+    ):
+        Policy.parse(peer_class(text % ', "192.0.2.2"'))
 
 
 def test_the_model_and_the_policy_are_immutable() -> None:

@@ -52,6 +52,10 @@ def test_device() -> None:
     assert refusal("/dev/zero") == "/dev/zero: is not a regular file; allowed: a regular file"
 
 
+def test_a_file_that_opens_but_cannot_be_read() -> None:
+    assert refusal("/proc/self/mem") == "/proc/self/mem: cannot be read: Input/output error"
+
+
 def test_nul_in_the_name() -> None:
     assert refusal("a\0b") == "a\\x00b: the file name holds a NUL"
 
