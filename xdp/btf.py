@@ -235,8 +235,6 @@ def _read_members(r: _Reader, type_id: int, kind: Kind, name: str, size: int, co
 def _read_enum(r: _Reader, type_id: int, kind: Kind, name: str, size: int, count: int, flag: bool) -> Type:
     if size not in (1, 2, 4, 8):
         raise BtfError(f"BTF enum {name or type_id} has {size} bytes")
-    # Compilers older than the flag never set it, so a negative value of theirs reads as a large one; the
-    # names still match, because values are compared as the bits that are stored.
     mask = (1 << size * 8) - 1
     values = []
     for _ in range(count):
@@ -246,8 +244,11 @@ def _read_enum(r: _Reader, type_id: int, kind: Kind, name: str, size: int, count
             value -= (value >> 63) << 64
         else:
             value_name, value = r.take(_ENUM)
-        values.append((r.name(value_name), value if flag else value & mask))
-    return Type(type_id, kind, name, size, signed=flag, bits=size * 8, values=tuple(values))
+        values.append((r.name(value_name), value))
+    # Compilers older than the flag (clang 14 is one) never set it, but wrote negative values as such.
+    signed = flag or (any(value < 0 for _, value in values) and kind is Kind.ENUM)
+    labels = tuple((label, value if signed else value & mask) for label, value in values)
+    return Type(type_id, kind, name, size, signed=signed, bits=size * 8, values=labels)
 
 
 def _read_plain(r: _Reader, type_id: int, kind: Kind, name: str, word: int, count: int, _flag: bool) -> Type:

@@ -96,7 +96,7 @@ def peers(
         output.watch(_frames(one, names, wanted, interval))
         return
     found, total = select(one, names, wanted)
-    rows = [_document(peer, names) for peer in found]
+    rows = [peer_document(peer, names) for peer in found]
     document = {"interface": one.interface, "program": one.id, "matching": total, "peers": rows}
     output.report(document, lambda: _show(output, rows, total))
 
@@ -172,7 +172,8 @@ def _reader(view: MapView, member: str) -> Callable[[bytes], int]:
     )
 
 
-def _document(peer: Peer, names: Names) -> dict[str, Any]:
+def peer_document(peer: Peer, names: Names) -> dict[str, Any]:
+    """A peer for JSON; times are nanoseconds of CLOCK_MONOTONIC."""
     fields = peer.fields
     found = {
         "address": peer.address,
@@ -248,7 +249,7 @@ def _frames(
 
 
 def _with_rates(peer: Peer, old: Fields | None, names: Names, seconds: float) -> dict[str, Any]:
-    document = _document(peer, names)
+    document = peer_document(peer, names)
     for name in ("packets", "bytes", "drops"):
         # An entry younger than the last sample counts from zero.
         same = old is not None and old["first_seen_ns"] == peer.fields["first_seen_ns"]
