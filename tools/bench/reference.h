@@ -35,9 +35,10 @@ struct arguments {
 	uint32_t size; /* bytes: UDP payload or frame, as the program says */
 	uint16_t port;
 	double seconds;
-	int touch;           /* read 8 bytes of every packet */
-	const char *frame;   /* file with the frame to send */
-	const char *address; /* of the peer */
+	uint32_t interval_us; /* between round trips */
+	int touch;            /* read 8 bytes of every packet */
+	const char *frame;    /* file with the frame to send */
+	const char *address;  /* of the peer */
 };
 
 struct report {
@@ -88,6 +89,7 @@ static inline struct arguments parse_arguments(int argc, char **argv)
 		{ "touch", no_argument, NULL, 'T' },
 		{ "frame", required_argument, NULL, 'f' },
 		{ "address", required_argument, NULL, 'a' },
+		{ "interval", required_argument, NULL, 'n' },
 		{ 0 },
 	};
 	struct sigaction action = { .sa_handler = stop };
@@ -127,6 +129,9 @@ static inline struct arguments parse_arguments(int argc, char **argv)
 			break;
 		case 'a':
 			arguments.address = optarg;
+			break;
+		case 'n':
+			arguments.interval_us = strtoul(optarg, NULL, 10);
 			break;
 		default:
 			exit(2);

@@ -101,8 +101,7 @@ static inline uint64_t socket_losses(struct reference_socket *s)
 
 	if (getsockopt(s->fd, SOL_XDP, XDP_STATISTICS, &statistics, &length))
 		return 0;
-	return statistics.rx_dropped + statistics.rx_ring_full +
-	       statistics.rx_fill_ring_empty_descs;
+	return statistics.rx_dropped + statistics.rx_ring_full;
 }
 
 static inline void close_socket(struct reference_socket *s)

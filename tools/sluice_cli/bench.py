@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``sluice bench``: Sluice beside its alternatives, in one run.
+
+Numbers from different runs or machines say little; ratios from one run say more.
+So all paths take turns, round after round, and the medians are compared.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from sluice_cli.bench_program import program
+from sluice_cli.bench_room import HEARTBEAT_PORT, PORT, Room, Sample
+from sluice_cli.output import Output, Table, common_options, examples
+from xdp.errors import UsageError
+
+#: Bytes of UDP payload, by the name of the row: 22 makes a frame of 64 bytes.
+SIZES: Final = {64: 22, 1232: 1232}
+
+_HEARTBEAT_BYTES: Final = 32
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One contender: how the room calls it, its batch, whether it reads what it receives."""
+
+    name: str
+    run: str
+    batch: int
+    touch: bool = False
+    mode: str = ""
+
+
+RECEIVE: Final = (
+    Contender("xsk-c", "xsk-c", 256),
+    Contender("sluice", "sluice", 256),
+    Contender("xsk-c-touch", "xsk-c", 256, touch=True),
+    Contender("sluice-touch", "sluice", 256, touch=True),
+    Contender("sluice-64", "sluice", 64),
+    Contender("recvmmsg-c", "mmsg-c", 64),
+    Contender("sluice-mmsg", "sluice-mmsg", 64),
+    Contender("socket", "socket", 1),
+    Contender("asyncio", "asyncio", 1),
+    Contender("uvloop", "uvloop", 1),
+)
+TRANSMIT: Final = (
+    Contender("xsk-c", "xsk-c", 256),
+    Contender("sluice", "sluice", 256),
+    Contender("sendmmsg-c", "mmsg-c", 64),
+)
+ECHO: Final = (
+    Contender("xsk-c", "xsk-c", 64),
+    Contender("sluice", "sluice", 64),
+    Contender("recvmmsg-c", "mmsg-c", 64),
+    Contender("socket", "socket", 1),
+    Contender("asyncio", "asyncio", 1),
+    Contender("uvloop", "uvloop", 1),
+)
+PATHS: Final = {"receive": RECEIVE, "transmit": TRANSMIT, "echo": ECHO}
+
+#: What a path's rate is divided by: the C program on libxdp that does the same.
+_REFERENCE: Final = {"sluice-touch": "xsk-c-touch"}
+
+
+@click.group(
+    epilog=examples(
+        """sudo sluice bench receive
+        sudo sluice bench receive --size 1232 --path sluice --path xsk-c --runs 5
+        sudo sluice bench echo --json
+        sudo sluice bench program"""
+    )
+)
+def bench() -> None:
+    """Measure Sluice beside its alternatives.
+
+    Traffic stays in a lab that the command makes and takes down.  The generator has
+    one CPU, the path under test another; --same-core puts both on one.
+    """
+
+
+def _options(direction: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    names = [path.name for path in PATHS[direction]]
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in (
+            click.option("--path", "paths", multiple=True, type=click.Choice(names), help="Only this path."),
+            click.option("--size", "sizes", multiple=True, type=click.Choice(["64", "1232"]),
+                         help="Only this size: frames of 64 bytes, payloads of 1,232."),
+            click.option("--seconds", type=click.FloatRange(0.2, 60), default=2.0, show_default=True,
+                         help="Of each measurement."),
+            click.option("--runs", type=click.IntRange(1, 20), default=3, show_default=True,
+                         help="Rounds; medians are reported."),
+            click.option("--same-core", is_flag=True, help="Generator and receiver on one CPU."),
+        ):  # fmt: skip
+            function = option(function)
+        return common_options(function)
+
+    return decorate
+
+
+def _measure(
+    output: Output,
+    direction: str,
+    paths: Sequence[str],
+    sizes: Sequence[str],
+    seconds: float,
+    runs: int,
+    same_core: bool,
+) -> None:
+    chosen = [path for path in PATHS[direction] if not paths or path.name in paths]
+    wanted = [int(size) for size in sizes] or list(SIZES)
+    receiver, generator = cpus(same_core)
+    samples: dict[tuple[str, int], list[Sample]] = {}
+    with Room(receiver_cpu=receiver, generator_cpu=generator) as room:
+        for size in wanted:
+            for number in range(runs):
+                for path in chosen:
+                    output.progress(f"{direction} {size} B, round {number + 1} of {runs}: {path.name}")
+                    sample = room.measure(
+                        path.run,
+                        direction,
+                        size=SIZES[size],
+                        batch=path.batch,
+                        seconds=seconds,
+                        touch=path.touch,
+                    )
+                    samples.setdefault((path.name, size), []).append(sample)
+    rows = [_row(path, direction, size, samples) for size in wanted for path in chosen]
+    document = {"machine": machine(same_core), "results": rows}
+    output.report(document, lambda: output.table(_table(direction, rows)))
+
+
+def cpus(same_core: bool) -> tuple[int, int]:
+    """CPU of the receiver and of the generator.
+
+    Raises:
+        UsageError: there is only one.
+    """
+    allowed = sorted(os.sched_getaffinity(0))
+    if same_core:
+        return allowed[-1], allowed[-1]
+    if len(allowed) < 2:
+        raise UsageError("the benchmark needs two CPUs", hint="say --same-core to measure on one")
+    return allowed[-1], allowed[-2]
+
+
+def machine(same_core: bool) -> dict[str, Any]:
+    """What the numbers belong to."""
+    model = ""
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    return {
+        "cpu": model,
+        "cpus": os.cpu_count(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "interface": "veth, native XDP, copy mode",
+        "same_core": same_core,
+    }
+
+
+def _median(samples: Sequence[Sample], field: str) -> float:
+    return float(statistics.median(getattr(sample, field) for sample in samples))
+
+
+def _ratio(of: Sequence[Sample] | None, to: Sequence[Sample] | None) -> float | None:
+    """Of medians, not of pairs: a pause of the machine then spoils one run, not the ratio."""
+    if not of or not to:
+        return None
+    return round(_median(of, "packets_per_second") / _median(to, "packets_per_second"), 3)
+
+
+def _row(
+    path: Contender, direction: str, size: int, samples: dict[tuple[str, int], list[Sample]]
+) -> dict[str, Any]:
+    own = samples[path.name, size]
+    kernel = "sendmmsg-c" if direction == "transmit" else "recvmmsg-c"
+    reference = samples.get((_REFERENCE.get(path.name, "xsk-c"), size))
+    cpu = _median(own, "process_cpu_ns")
+    return {
+        "path": path.name,
+        "direction": direction,
+        "size": size,
+        "batch": path.batch,
+        "packets_per_second": round(_median(own, "packets_per_second")),
+        "process_cpu_ns": round(cpu, 1),
+        "machine_cpu_ns": round(_median(own, "machine_cpu_ns"), 1),
+        "loss": round(_median(own, "loss"), 4),
+        "ratio_to_c": _ratio(own, reference),
+        "ratio_to_recvmmsg": _ratio(own, samples.get((kernel, size))),
+        "cpu_ratio_to_c": round(cpu / _median(reference, "process_cpu_ns"), 2) if reference else None,
+        "runs": len(own),
+    }
+
+
+def _table(direction: str, rows: Sequence[dict[str, Any]]) -> Table:
+    def number(value: float | None, digits: int = 0) -> str:
+        return "-" if value is None else f"{value:,.{digits}f}"
+
+    return Table(
+        title=direction,
+        columns=[
+            "path",
+            "size",
+            "batch",
+            "packets/s",
+            "CPU ns",
+            "machine ns",
+            "loss",
+            "to C",
+            "CPU to C",
+            "to mmsg",
+        ],
+        rows=[
+            [
+                row["path"],
+                str(row["size"]),
+                str(row["batch"]),
+                number(row["packets_per_second"]),
+                number(row["process_cpu_ns"], 1),
+                number(row["machine_cpu_ns"], 1),
+                f"{row['loss']:.1%}",
+                number(row["ratio_to_c"], 3),
+                number(row["cpu_ratio_to_c"], 2),
+                number(row["ratio_to_recvmmsg"], 2),
+            ]
+            for row in rows
+        ],
+        right=frozenset(range(1, 10)),
+    )
+
+
+@bench.command(name="receive")
+@_options("receive")
+def receive(output: Output, **options: Any) -> None:
+    """Receive as fast as it goes: packets per second, CPU, loss.
+
+    "touch" reads 8 bytes of every packet.  A flood is more than any path can take, so
+    "loss" says how much; what counts is the rate that remains.
+    """
+    _measure(output, "receive", **options)
+
+
+@bench.command(name="transmit")
+@_options("transmit")
+def transmit(output: Output, **options: Any) -> None:
+    """Send as fast as it goes; the other end drops."""
+    _measure(output, "transmit", **options)
+
+
+@bench.command(name="echo")
+@_options("echo")
+def echo(output: Output, **options: Any) -> None:
+    """Send everything back to where it came from."""
+    _measure(output, "echo", **options)
+
+
+@bench.command(name="latency")
+@click.option(
+    "--seconds", type=click.FloatRange(0.2, 60), default=3.0, show_default=True, help="Of each path."
+)
+@click.option("--interval", type=click.IntRange(0, 1_000_000), default=200, show_default=True,
+              help="Microseconds between an answer and the next question.")  # fmt: skip
+@common_options
+def latency(output: Output, seconds: float, interval: int) -> None:
+    """Round trips of single datagrams over an otherwise idle link.
+
+    The same C program asks every echo server; "heartbeat" is answered by the XDP program.
+    """
+    receiver, generator = cpus(same_core=False)
+    rows: list[dict[str, Any]] = []
+    with Room(receiver_cpu=receiver, generator_cpu=generator) as room:
+        for path in ("heartbeat", *(path.run for path in ECHO)):
+            output.progress(f"latency: {path}")
+            with ExitStack() as cleanup:
+                if path != "heartbeat":
+                    # The server may outlive the asking by what it takes to start and to be read.
+                    cleanup.enter_context(room.echoing(path, size=_HEARTBEAT_BYTES, seconds=seconds + 2))
+                report = room.round_trips(
+                    HEARTBEAT_PORT if path == "heartbeat" else PORT,
+                    size=_HEARTBEAT_BYTES,
+                    seconds=seconds,
+                    interval_us=interval,
+                )
+            rows.append(
+                {
+                    "path": path,
+                    "direction": "latency",
+                    "size": _HEARTBEAT_BYTES,
+                    "packets": report["packets"],
+                    "lost": report["lost"],
+                    "latency_us": {"p50": report["p50"], "p99": report["p99"], "p99.9": report["p999"]},
+                }
+            )
+    document = {"machine": machine(same_core=False), "results": rows}
+    output.report(document, lambda: output.table(_latency_table(rows)))
+
+
+def _latency_table(rows: Sequence[dict[str, Any]]) -> Table:
+    return Table(
+        title="round trip, microseconds",
+        columns=["path", "packets", "lost", "p50", "p99", "p99.9"],
+        rows=[
+            [
+                row["path"],
+                f"{row['packets']:,}",
+                str(row["lost"]),
+                *(f"{row['latency_us'][name]:.1f}" for name in ("p50", "p99", "p99.9")),
+            ]
+            for row in rows
+        ],
+        right=frozenset(range(1, 6)),
+    )
+
+
+bench.add_command(program)

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Python side of ``sluice bench``: one path in one process.
+
+It speaks as the C references do (tools/bench/reference.h): "ready" when it could
+receive, measured from the first packet on, one line of JSON at the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import select
+import socket
+import sys
+import time
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+#: Give up when nothing arrives for that long, as the C references do.
+PATIENCE: Final = 10.0
+_SOCKET_BUFFER: Final = 8 << 20  # bytes, as the C references ask for
+_BUFFER: Final = 2048
+_SO_RCVBUFFORCE: Final = 33  # asm-generic/socket.h
+
+
+@dataclass
+class Arguments:
+    """What a run needs; as JSON on the command line."""
+
+    path: str
+    direction: str
+    interface: str = ""
+    map_id: int = 0
+    cookie: int = 0
+    batch: int = 256
+    size: int = 22
+    port: int = 0
+    seconds: float = 1.0
+    touch: bool = False
+    address: str = ""
+
+
+class Meter:
+    """Packets, bytes, wall-clock and process CPU time from the first packet on."""
+
+    def __init__(self, seconds: float) -> None:
+        self.packets = 0
+        self.bytes = 0
+        self.lost = 0
+        self.sink = 0
+        self._seconds = seconds
+        self._waiting = time.monotonic()
+        self._began = 0.0
+        self._cpu = 0
+
+    def running(self) -> bool:
+        """False when the time is over, or nothing ever came."""
+        now = time.monotonic()
+        if not self._began:
+            return now - self._waiting < PATIENCE
+        return now - self._began < self._seconds
+
+    def count(self, packets: int, size: int = 0) -> None:
+        """The first call only starts the clocks: what it counted had waited."""
+        if not self._began:
+            if packets:
+                self._began = time.monotonic()
+                self._cpu = time.process_time_ns()
+            return
+        self.packets += packets
+        self.bytes += size
+
+    def report(self) -> str:
+        """The line of JSON."""
+        seconds = time.monotonic() - self._began if self._began else 0.0
+        return json.dumps(
+            {
+                "packets": self.packets,
+                "bytes": self.bytes,
+                "lost": self.lost,
+                "seconds": seconds,
+                "process_cpu_ns": time.process_time_ns() - self._cpu,
+                "sink": self.sink & 0xFFFF,
+            }
+        )
+
+
+def ready() -> None:
+    """Tell the bench that packets may come."""
+    print("ready", flush=True)
+
+
+def _open_lanes(arguments: Arguments) -> Any:
+    from userspace.datagram.descriptors import LaneSpec
+    from userspace.datagram.xsk import open_queues, register
+    from userspace.datagram.xsk_lanes import XskLanes
+    from xdp.maps import BpfMap
+
+    # Ring and frames as in tools/bench/xsk.h, so that the two differ in nothing else.
+    specs = [LaneSpec(number=0, name="bench", ring=4096, quota=3072)]
+    descriptors = open_queues(
+        arguments.interface, specs, mode="native-copy", cookie=arguments.cookie, transmit_ring=4096
+    )
+    if arguments.map_id:
+        register(descriptors, BpfMap.by_id(arguments.map_id))
+    return XskLanes(descriptors)
+
+
+def sluice_receive(arguments: Arguments, meter: Meter) -> None:
+    """Receive and give back; with ``touch`` 8 bytes of every packet are read."""
+    with _open_lanes(arguments) as lanes:
+        ready()
+        while meter.running():
+            with lanes.receive(arguments.batch, timeout=0.1) as batch:
+                if arguments.touch and batch:
+                    meter.sink += batch.gather(0, 8)[0]
+                meter.count(len(batch))
+        meter.lost = _lost(lanes)
+
+
+def sluice_echo(arguments: Arguments, meter: Meter) -> None:
+    """Send every frame back in place."""
+    with _open_lanes(arguments) as lanes:
+        ready()
+        while meter.running():
+            batch = lanes.receive(arguments.batch, timeout=0.1)
+            if batch:
+                meter.count(lanes.send_back(batch, checksum=False))
+            else:
+                batch.release()
+        meter.lost = _lost(lanes)
+
+
+def sluice_transmit(arguments: Arguments, meter: Meter) -> None:
+    """Send batches of payloads, copied into frames as an application's would be."""
+    from userspace.datagram.destination import resolve_destination
+
+    destination = resolve_destination(arguments.interface, arguments.address, arguments.port, arguments.port)
+    payloads = bytes(arguments.size * arguments.batch)
+    lengths = array("I", [arguments.size]) * arguments.batch
+    offsets = array("I", range(0, len(payloads), arguments.size))
+    with _open_lanes(arguments) as lanes:
+        ready()
+        while meter.running():
+            meter.count(lanes.send_columns(destination, payloads, offsets, lengths))
+
+
+def _lost(lanes: Any) -> int:
+    lanes_of_queues = [lane for queue in lanes.statistics().queues for lane in queue.lanes]
+    return sum(lane.ring_full + lane.dropped for lane in lanes_of_queues)
+
+
+def _udp_socket(port: int) -> socket.socket:
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _SOCKET_BUFFER)
+    sock.bind(("", port))
+    return sock
+
+
+def socket_receive(arguments: Arguments, meter: Meter) -> None:
+    """What most Python services do: one call for each datagram, into a buffer that is used again."""
+    buffer = bytearray(_BUFFER)
+    with _udp_socket(arguments.port) as sock:
+        sock.setblocking(False)
+        poller = select.poll()
+        poller.register(sock, select.POLLIN)
+        ready()
+        while meter.running():
+            poller.poll(100)
+            received = 0
+            try:
+                for received in range(1, 1001):  # noqa: B007 - counts what came before the socket was empty
+                    sock.recvfrom_into(buffer)
+            except BlockingIOError:
+                received -= 1
+            meter.count(received)
+
+
+def socket_echo(arguments: Arguments, meter: Meter) -> None:
+    """The same, sending every datagram back."""
+    with _udp_socket(arguments.port) as sock:
+        sock.settimeout(0.1)
+        ready()
+        while meter.running():
+            try:
+                data, source = sock.recvfrom(_BUFFER)
+            except TimeoutError:
+                continue
+            sock.sendto(data, source)
+            meter.count(1)
+
+
+class _Receiver(asyncio.DatagramProtocol):
+    def __init__(self, meter: Meter, echo: bool) -> None:
+        self._meter = meter
+        self._echo = echo
+        self._transport: Any = None
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+
+    def datagram_received(self, data: bytes, addr: Any) -> None:
+        if self._echo:
+            self._transport.sendto(data, addr)
+        self._meter.count(1)
+
+
+async def _asyncio_run(arguments: Arguments, meter: Meter) -> None:
+    loop = asyncio.get_running_loop()
+    sock = _udp_socket(arguments.port)
+    transport, _ = await loop.create_datagram_endpoint(
+        lambda: _Receiver(meter, arguments.direction == "echo"), sock=sock
+    )
+    ready()
+    over = asyncio.Event()
+
+    def check() -> None:
+        if meter.running():
+            loop.call_later(0.02, check)
+        else:
+            over.set()
+
+    check()
+    await over.wait()
+    transport.close()
+
+
+def asyncio_run(arguments: Arguments, meter: Meter) -> None:
+    """Asyncio's own event loop."""
+    asyncio.run(_asyncio_run(arguments, meter))
+
+
+def uvloop_run(arguments: Arguments, meter: Meter) -> None:
+    """Uvloop's event loop."""
+    import uvloop
+
+    uvloop.run(_asyncio_run(arguments, meter))
+
+
+def mmsg_receive(arguments: Arguments, meter: Meter) -> None:
+    """Sluice's lanes over recvmmsg: the same interface on kernel sockets."""
+    with _open_mmsg(arguments) as lanes:
+        ready()
+        while meter.running():
+            with lanes.receive(arguments.batch, timeout=0.1) as batch:
+                if arguments.touch and batch:
+                    meter.sink += batch.gather(0, 8)[0]
+                meter.count(len(batch))
+
+
+def _open_mmsg(arguments: Arguments) -> Any:
+    from sluice_cli.bench_room import bench_policy
+    from userspace.datagram.mmsg import MmsgLanes
+
+    return MmsgLanes(bench_policy(arguments.port))
+
+
+RUNNERS: Final[dict[tuple[str, str], Callable[[Arguments, Meter], None]]] = {
+    ("sluice", "receive"): sluice_receive,
+    ("sluice", "echo"): sluice_echo,
+    ("sluice", "transmit"): sluice_transmit,
+    ("sluice-mmsg", "receive"): mmsg_receive,
+    ("socket", "receive"): socket_receive,
+    ("socket", "echo"): socket_echo,
+    ("asyncio", "receive"): asyncio_run,
+    ("asyncio", "echo"): asyncio_run,
+    ("uvloop", "receive"): uvloop_run,
+    ("uvloop", "echo"): uvloop_run,
+}
+
+
+def main(argument: str) -> None:
+    """Run what the JSON object ``argument`` says."""
+    arguments = Arguments(**json.loads(argument))
+    meter = Meter(arguments.seconds)
+    RUNNERS[arguments.path, arguments.direction](arguments, meter)
+    print(meter.report(), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
