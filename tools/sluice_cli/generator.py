@@ -10,8 +10,11 @@ in a loop and transmits (live frames).  User space only starts, waits and reads 
 
 Several streams, each with its own rate, frames and sequence numbers, share one generator and so one CPU.
 That matters on veth: the receiving queue is the sending CPU modulo queues, and the receiving end's work is
-done on the CPU that sent, so packets of one generator cannot overrun the cable, whatever else the machine
-does; packets for one queue from several CPUs can.  A packet is counted as sent when the interface got it.
+as a rule done on the CPU that sent, so the packets of one generator seldom overrun the cable, whatever else
+the machine does; packets for one queue from several CPUs easily do.  A receiver wants another CPU.
+
+A packet counts as sent when the interface was given it.  What the other end had no room for is counted as
+refused: sent - refused is what the other end's program sees.
 """
 
 from __future__ import annotations
@@ -108,9 +111,15 @@ class StreamResult:
 
 @dataclass(frozen=True)
 class GeneratorResult:
-    """What was sent.  ``seconds`` is from the first packet of any stream to the last."""
+    """What was sent.
+
+    ``seconds`` is from the first packet of any stream to the last.  ``refused`` is the interface's own
+    count of frames that the other end did not take (its ring was full, or it has no program), since the
+    start; of several generators on one interface it is the sum, and it is 0 until the run is over.
+    """
 
     sent: int
+    refused: int
     seconds: float
     streams: tuple[StreamResult, ...]
 
@@ -145,6 +154,7 @@ class Generator:
         self._streams: tuple[Stream, ...] = ()
         self._control: Any = None
         self._frame = b""
+        self._refused = 0
         self._stopping = threading.Event()
         self._error: SluiceError | None = None
 
@@ -210,6 +220,7 @@ class Generator:
         self._fill_maps(pristine)
         self._stopping.clear()
         self._error = None
+        self._refused = 0
         self._control = header.ffi.new("struct sluice_generate_control *")
         self._control.streams = len(streams)
         templates = [template for stream in streams for template in stream.templates]
@@ -264,7 +275,8 @@ class Generator:
             if entry.sent:
                 first = min(first or entry.first_ns, entry.first_ns)
                 last = max(last, entry.last_ns)
-        return GeneratorResult(sum(stream.sent for stream in found), (last - first) / 1e9, tuple(found))
+        sent = sum(stream.sent for stream in found)
+        return GeneratorResult(sent, self._refused, (last - first) / 1e9, tuple(found))
 
     def _work(self, seconds: float) -> None:
         """The thread: it enters namespace and CPU for itself alone, and ends there."""
@@ -276,7 +288,9 @@ class Generator:
                 self._control.end_ns = now + int(seconds * 1e9)
                 # stop() may have been called meanwhile; it has set .stop in this same struct
                 self._write("control", 0, self._control)
+                before = self._refused_so_far()
                 self._loop(seconds)
+                self._refused = self._refused_so_far() - before
         except SluiceError as error:
             self._error = error
         except OSError as error:
@@ -285,6 +299,10 @@ class Generator:
                 error.errno or 0,
                 hint="does the lab still exist? see: sluice lab list",
             )
+
+    def _refused_so_far(self) -> int:
+        counters = self.host.statistics().items()
+        return sum(value for name, value in counters if re.fullmatch(r"tx_queue_\d+_xdp_xmit_errors", name))
 
     def _loop(self, seconds: float) -> None:
         length = len(self._frame)

@@ -29,7 +29,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from pyroute2 import IPRoute, NetlinkError, netns
-from pyroute2.ethtool.ioctl import IoctlEthtool
+from pyroute2.ethtool.ioctl import EthtoolError, IoctlEthtool
 
 from sluice_cli.lab_state import (
     Marker,
@@ -42,7 +42,14 @@ from sluice_cli.lab_state import (
     write_marker,
 )
 from xdp._libbpf import ffi, lib
-from xdp.errors import BusyError, NotLoadedError, SluiceError, UnsupportedError, UsageError
+from xdp.errors import (
+    BusyError,
+    InterfaceGoneError,
+    NotLoadedError,
+    SluiceError,
+    UnsupportedError,
+    UsageError,
+)
 
 __all__ = ["Host", "Lab", "reclaim", "remove"]
 
@@ -124,9 +131,20 @@ class Host:
             return subprocess.run(arguments, check=check, **options)
 
     def statistics(self) -> dict[str, int]:
-        """The driver's counters of the interface, as ``ethtool -S`` shows them."""
-        with self.enter(), closing(IoctlEthtool(self.interface)) as ethtool:
-            return {str(name): int(value) for name, value in ethtool.get_statistics()}
+        """The driver's counters of the interface, as ``ethtool -S`` shows them.
+
+        Raises:
+            InterfaceGoneError: there is no such interface any more.
+        """
+        try:
+            with self.enter(), closing(IoctlEthtool(self.interface)) as ethtool:
+                return {str(name): int(value) for name, value in ethtool.get_statistics()}
+        except (FileNotFoundError, EthtoolError) as error:
+            raise InterfaceGoneError(
+                f"no {self.interface} in {self.namespace}",
+                hint="does the lab still exist? see: sluice lab list",
+                detail=repr(error),
+            ) from None
 
     def attach_pass(self) -> None:
         """Attach a program that passes everything, natively; it stays as long as the interface.
