@@ -10,6 +10,8 @@ BufferError, and the batch stays held.
 
 from __future__ import annotations
 
+import functools
+import gc
 import ipaddress
 import warnings
 import weakref
@@ -25,8 +27,7 @@ if TYPE_CHECKING:
 
 Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-# Where to look for what is still alive: what it is, the view, its exporter.
-_Export: TypeAlias = tuple[int | str, memoryview, weakref.ref[object]]
+SOURCE_SIZE: int = ffi.sizeof("struct sl_source")
 
 # Of struct sl_batch: element size in bytes and struct format of what Python sees.
 _Code: TypeAlias = Literal["B", "I", "Q"]
@@ -40,13 +41,19 @@ _FORMATS: dict[str, tuple[int, _Code]] = {
     "kinds": (1, "B"),
     "classes": (1, "B"),
     "services": (1, "B"),
-    "sources": (1, "B"),
+    "sources": (SOURCE_SIZE, "B"),
 }
 
-SOURCE_SIZE: int = ffi.sizeof("struct sl_source")
 
-
+# Memory of columns that somebody could still see when their backend was gone.
 _kept: list[CData] = []
+
+
+@functools.lru_cache(maxsize=64)
+def _layout(capacity: int) -> dict[str, int]:
+    """Where each column begins in the block of all; the same for every batch of that capacity."""
+    memory = ffi.gc(lib.sl_batch_new(capacity), lib.sl_batch_free)
+    return {name: ffi.cast("uint8_t *", getattr(memory, name)) - memory.columns for name in _FORMATS}
 
 
 class BatchBackend(Protocol):
@@ -72,39 +79,73 @@ class BatchBackend(Protocol):
 class Abandoned:
     """What is left of a batch that nobody released."""
 
-    __slots__ = ("_backend", "_exports", "_memory")
+    __slots__ = ("_backend", "_memory", "_watch")
 
-    def __init__(self, backend: BatchBackend, memory: CData, exports: list[_Export]) -> None:
+    def __init__(self, backend: BatchBackend, memory: CData, watch: _Watch | None) -> None:
         self._backend = backend
         self._memory: CData | None = memory
-        self._exports = exports
+        self._watch = watch
 
     def reclaim(self) -> bool:
         """Give the buffers back if nobody can see them any more; True when done."""
-        if _still_seen(self._exports) is not None:
+        if self._watch is not None and not self._watch.end():
             return False
         memory, self._memory = self._memory, None
         self._backend.take_back(memory)
         return True
 
     def __del__(self) -> None:
-        if self._memory is not None and _still_seen(self._exports) is not None:
+        if self._memory is not None and self._watch is not None and not self._watch.end():
             # Somebody looks at the columns of a backend that is gone.  Never free them.
             _kept.append(self._memory)
 
 
-def _still_seen(exports: list[_Export]) -> int | str | None:
-    """Release all views; the first one that others still look through, or None."""
-    seen: int | str | None = None
-    for what, view, exporter in exports:
-        try:
-            view.release()
-        except BufferError:  # an array or another exporter was made of the view itself
-            seen = what if seen is None else seen
-            continue
-        if exporter() is not None:  # slices and casts keep the exporter, not the view
-            seen = what if seen is None else seen
-    return seen
+class _Watch:
+    """All that was made of a batch's buffers, so that it can be ended.
+
+    A view that was handed out can be released, but slices and casts that were made of it
+    live on.  They keep the exporter alive: the object that the first view was made of.
+    """
+
+    __slots__ = ("exporters", "views")
+
+    def __init__(self) -> None:
+        self.views: list[memoryview] = []
+        self.exporters: list[weakref.ref[object]] = []
+
+    def export(self, pointer: CData, size: int) -> memoryview:
+        """A view of memory under watch; all further ones are to be slices of it."""
+        buffer = ffi.buffer(pointer, size)
+        self.exporters.append(weakref.ref(buffer))
+        view = memoryview(buffer)
+        self.views.append(view)
+        return view
+
+    def end(self) -> bool:
+        """Release all views; whether nobody sees the memory any more."""
+        ended = True
+        for view in self.views:
+            try:
+                view.release()
+            except BufferError:  # an array was made of the view itself
+                ended = False
+        for exporter in self.exporters:
+            if exporter() is not None:
+                return False
+        return ended
+
+    def survivor(self) -> memoryview | None:
+        """One of the views that keep the memory in use; slow, for the error message."""
+        exporters = [exporter() for exporter in self.exporters]
+        for found in gc.get_objects():
+            if type(found) is memoryview:
+                try:
+                    exporter = found.obj
+                except ValueError:  # released
+                    continue
+                if any(exporter is one for one in exporters if one is not None):
+                    return found
+        return None
 
 
 class Batch:
@@ -128,15 +169,18 @@ class Batch:
     ``len(batch)`` may be 0: the timeout passed.  Belongs to one thread.
     """
 
-    __slots__ = ("_backend", "_columns", "_count", "_exports", "_memory")
+    __slots__ = ("_area", "_backend", "_block", "_columns", "_count", "_memory", "_places", "_watch")
 
     def __init__(self, backend: BatchBackend, memory: CData | None, count: int) -> None:
         self._backend = backend
         # None: nothing to give back, because empty or because it was given back.
         self._memory: CData | None = memory
         self._count = count  # -1: given back
-        self._columns: dict[str, memoryview] | None = None
-        self._exports: list[_Export] | None = None
+        self._watch: _Watch | None = None
+        self._columns: dict[str, memoryview] = {}
+        self._area: memoryview | None = None  # all of the data, once a packet was asked for
+        self._block: memoryview | None = None  # all columns, once one was asked for
+        self._places: dict[str, int]  # of the columns in it
 
     def __len__(self) -> int:
         if self._count < 0:
@@ -179,39 +223,36 @@ class Batch:
             self._backend.fill_columns(memory)
         return memory
 
-    def _export(self, what: int | str, pointer: CData, size: int) -> memoryview:
-        buffer = ffi.buffer(pointer, size)
-        view = memoryview(buffer)
-        if self._exports is None:
-            self._exports = []
-        self._exports.append((what, view, weakref.ref(buffer)))
-        return view
+    def _watched(self) -> _Watch:
+        if self._watch is None:
+            self._watch = _Watch()
+        return self._watch
 
     def _column(self, name: str) -> memoryview:
-        columns = self._columns
-        if columns is None:
-            columns = self._columns = {}
-        else:
-            view = columns.get(name)
-            if view is not None:
-                return view
+        column = self._columns.get(name)
+        if column is not None:
+            return column
         size, code = _FORMATS[name]
-        if self._count == 0:
+        count = self._count
+        if count <= 0:
+            if count < 0:
+                raise self._gone()
             return memoryview(b"").cast(code)
-        view = self._export(name, getattr(self._filled(), name), self._count * size)
-        columns[name] = column = self._readonly(name, view, code)
-        return column
-
-    def _readonly(self, what: str, view: memoryview, code: _Code) -> memoryview:
-        """A typed, read-only face of ``view``, under the same watch."""
-        exports = self._exports
-        assert exports is not None
-        typed = view.cast(code) if code != "B" else view
-        column = typed.toreadonly()
-        exporter = exports.pop()[2]
-        for part in (view, typed):
-            part.release()
-        exports.append((what, column, exporter))
+        if self._block is None:
+            memory = self._filled()
+            watch = self._watched()
+            if memory.columns == ffi.NULL:
+                column = watch.export(getattr(memory, name), count * size).toreadonly().cast(code)
+                watch.views.append(column)
+                self._columns[name] = column
+                return column
+            self._block = watch.export(memory.columns, memory.columns_size).toreadonly()
+            watch.views.append(self._block)
+            self._places = _layout(memory.capacity)
+        start = self._places[name]
+        column = self._block[start : start + count * size].cast(code)
+        self._watched().views.append(column)
+        self._columns[name] = column
         return column
 
     @property
@@ -261,17 +302,9 @@ class Batch:
         16 bytes address in network order (IPv4 mapped), u32 scope, u16 port in
         host order, u8 family (4, 6, 0: unknown), u8 reserved.
         """
-        if self._count == 0:
-            return memoryview(b"")
-        columns = self._columns
-        if columns is not None and "sources" in columns:
-            return columns["sources"]
-        memory = self._sourced()
-        view = self._export("sources", memory.sources, self._count * SOURCE_SIZE)
-        if self._columns is None:
-            self._columns = {}
-        self._columns["sources"] = column = self._readonly("sources", view, "B")
-        return column
+        if self._count:
+            self._sourced()
+        return self._column("sources")
 
     def _sourced(self) -> CData:
         memory = self._filled()
@@ -305,15 +338,13 @@ class Batch:
         """
         if self._count == 0:
             return memoryview(b"")
-        columns = self._columns
-        if columns is not None and "data" in columns:
-            return columns["data"]
-        memory = self._filled()
-        view = self._export("data", memory.data, memory.data_size)
-        if self._columns is None:
-            self._columns = {}
-        self._columns["data"] = view
-        return view
+        return self._whole()
+
+    def _whole(self) -> memoryview:
+        if self._area is None:
+            memory = self._filled()
+            self._area = self._watched().export(memory.data, memory.data_size)
+        return self._area
 
     def gather(self, offset: int, width: int = 8) -> memoryview:
         """``width`` bytes (1 to 8) at ``offset`` of every payload, as numbers, format Q.
@@ -337,14 +368,28 @@ class Batch:
 
     def __getitem__(self, index: int) -> memoryview:
         index = self._index(index)
-        memory = self._memory
-        if memory is None or not memory.columns_ready:
-            memory = self._filled()
-        return self._export(index, memory.data + memory.offsets[index], memory.lengths[index])
+        area = self._whole() if self._area is None else self._area
+        memory = self._filled()
+        start = memory.offsets[index]
+        view = area[start : start + memory.lengths[index]]
+        self._watched().views.append(view)
+        return view
 
     def __iter__(self) -> Iterator[memoryview]:
-        for index in range(len(self)):
-            yield self[index]
+        count = len(self)
+        if count == 0:
+            return
+        area = self._whole()
+        memory = self._filled()
+        views = self._watched().views
+        for start, length in zip(
+            ffi.unpack(memory.offsets, count), ffi.unpack(memory.lengths, count), strict=True
+        ):
+            if self._count < 0:
+                raise self._gone()
+            view = area[start : start + length]
+            views.append(view)
+            yield view
 
     def release(self) -> None:
         """Give the buffers back.
@@ -367,17 +412,34 @@ class Batch:
         For backends that do something else with the buffers than take them back
         (send them, say).  Raises as :meth:`release` does.
         """
-        exports = self._exports
-        self._columns = None
-        if exports:
-            seen = _still_seen(exports)
-            if seen is not None:
-                what = f"packet {seen}" if isinstance(seen, int) else f"column {seen!r}"
-                raise BufferError(
-                    f"{what} of this batch is still in use (a slice or an array made of its view); "
-                    "copy what must outlive the batch with bytes()"
-                )
-            exports.clear()
+        watch = self._watch
+        if watch is None:
+            return
+        self._columns = {}
+        self._area = self._block = None
+        if not watch.end():
+            raise BufferError(
+                f"{self._name(watch.survivor())} of this batch is still in use (a slice or an array made of "
+                "its view); copy what must outlive the batch with bytes()"
+            )
+        self._watch = None
+
+    def _name(self, view: memoryview | None) -> str:
+        """Which packet or column a view shows."""
+        if view is None:
+            return "a packet or column"
+        memory = self._filled()
+        at = int(ffi.cast("uintptr_t", ffi.from_buffer(view)))
+        within = at - int(ffi.cast("uintptr_t", memory.data))
+        for index in range(self._count):
+            start = memory.offsets[index]
+            if start <= within < start + max(memory.lengths[index], 1):
+                return f"packet {index}"
+        for name, (size, _) in _FORMATS.items():
+            start = int(ffi.cast("uintptr_t", getattr(memory, name)))
+            if start <= at < start + self._count * size:
+                return f"column {name!r}"
+        return "data"
 
     def surrender(self) -> CData | None:
         """Hand the memory to a backend that disposes of it itself; the batch is then released."""
@@ -410,4 +472,4 @@ class Batch:
             source=self,
             stacklevel=2,
         )
-        self._backend.abandon(Abandoned(self._backend, memory, self._exports or []))
+        self._backend.abandon(Abandoned(self._backend, memory, self._watch))

@@ -52,6 +52,8 @@ struct sl_batch *sl_batch_new(uint32_t capacity)
 	memset(base, 0, total);
 	batch = (struct sl_batch *)base;
 	batch->capacity = capacity;
+	batch->columns = base;
+	batch->columns_size = total;
 	batch->times = (uint64_t *)(base + times);
 	batch->addresses = (uint64_t *)(base + addresses);
 	batch->gathered = (uint64_t *)(base + gathered);

@@ -39,6 +39,13 @@ struct sl_batch {
 	uint8_t sources_ready;
 	void *owner; /* the backend's: who filled it */
 
+	/*
+	 * Where all columns are, if they are in one piece, as sl_batch_new makes them;
+	 * else NULL (a backend may have allocated them one by one).
+	 */
+	uint8_t *columns;
+	uint64_t columns_size;
+
 	/* columns, capacity entries each, 64-byte aligned */
 	uint64_t *times;     /* CLOCK_MONOTONIC, ns */
 	uint64_t *addresses; /* AF_XDP: descriptor address; else free for the backend */
