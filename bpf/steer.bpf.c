@@ -91,13 +91,17 @@ static __always_inline int over_limits(const struct packet *packet, struct decis
 	return WITHIN_LIMITS;
 }
 
-/* Below the packet, where the reader of the frame finds it. */
+/*
+ * Directly below the packet, where the reader of the frame finds it.  Metadata
+ * that the driver has put there is written over: two pieces cannot lie there.
+ */
 static __always_inline int write_metadata(struct xdp_md *ctx, const struct packet *packet,
 					  const struct decision *decision)
 {
+	int there = (void *)(long)ctx->data - (void *)(long)ctx->data_meta;
 	struct sluice_meta *meta;
 
-	if (bpf_xdp_adjust_meta(ctx, -(int)sizeof(*meta)))
+	if (bpf_xdp_adjust_meta(ctx, there - (int)sizeof(*meta)))
 		return 0;
 	meta = (void *)(long)ctx->data_meta;
 	if ((void *)(meta + 1) > (void *)(long)ctx->data)
@@ -119,25 +123,20 @@ static __always_inline int enter_lane(struct xdp_md *ctx, const struct packet *p
 				      struct decision *decision, int *action)
 {
 	u32 queue = ctx->rx_queue_index;
-	int metadata;
 
 	if (decision->policy->lane[decision->lane & (SLUICE_MAX_LANES - 1)].end ==
 	    SLUICE_END_KERNEL)
 		return decision->demoted ? SLUICE_PASS_DEMOTED : SLUICE_PASS_LANE;
 	if (queue >= SLUICE_MAX_QUEUES)
 		return SLUICE_PASS_NO_SOCKET;
-	metadata = write_metadata(ctx, packet, decision);
-	if (!metadata)
-		decision->row->metadata_refused++;
 	/* The flags are the action for an empty slot (Linux 5.3 and later). */
-	*action = xsks.redirect_map(queue * SLUICE_MAX_LANES + decision->lane, XDP_PASS);
-	if (*action == XDP_REDIRECT)
-		return decision->demoted ? SLUICE_STEER_DEMOTED : SLUICE_STEER;
-	/* Nobody reads metadata in the kernel, and it would keep GRO from merging. */
-	if (metadata)
-		bpf_xdp_adjust_meta(ctx, sizeof(struct sluice_meta));
-	*action = XDP_PASS;
-	return SLUICE_PASS_NO_SOCKET;
+	if (xsks.redirect_map(queue * SLUICE_MAX_LANES + decision->lane, XDP_PASS) != XDP_REDIRECT)
+		return SLUICE_PASS_NO_SOCKET;
+	*action = XDP_REDIRECT;
+	/* Not before: in the kernel nobody reads it, and it would keep GRO from merging. */
+	if (!write_metadata(ctx, packet, decision))
+		decision->row->metadata_refused++;
+	return decision->demoted ? SLUICE_STEER_DEMOTED : SLUICE_STEER;
 }
 
 /* A packet of one of our services: returns the reason, sets lane and *action. */
