@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import bpf
 from xdp.errors import SluiceError, UnsupportedError, VerifierError
@@ -93,7 +93,7 @@ def _import_bcc() -> type[BPF]:
             "the module named bcc is not the BPF Compiler Collection",
             hint="remove the package 'bcc' that pip installed and install python3-bpfcc from the system",
         )
-    return BPF
+    return cast("type[BPF]", BPF)
 
 
 def compile_program(name: str, function: str, *, defines: Sequence[str] = ()) -> Compiled:
