@@ -127,6 +127,7 @@ static void refuse(void)
 	struct sl_policy_source s = { &policy, ports, patterns,  rules, prefixes,
 				      classes, known, known_ids, 500,   50 };
 
+/* NOLINTBEGIN(bugprone-macro-parentheses): place is assigned to */
 #define REFUSED(place, value)                                              \
 	do {                                                               \
 		__typeof__(place) before = place;                          \
@@ -134,6 +135,7 @@ static void refuse(void)
 		CHECK(!sl_tables_new(&s, key, &error) && error == EINVAL); \
 		place = before;                                            \
 	} while (0)
+	/* NOLINTEND(bugprone-macro-parentheses) */
 	REFUSED(policy.stranger_bits_v4, 33);
 	REFUSED(policy.stranger_bits_v6, 129);
 	REFUSED(policy.lane[3].demote_lane, 8);
@@ -196,8 +198,7 @@ static void classify_random(struct sl_classifier *c)
 static int bound(int family, struct sl_source *where)
 {
 	struct sockaddr_in6 name = { .sin6_family = family };
-	struct sockaddr_in *v4 = (struct sockaddr_in *)&name;
-	socklen_t length = family == AF_INET ? sizeof(*v4) : sizeof(name);
+	socklen_t length = family == AF_INET ? sizeof(struct sockaddr_in) : sizeof(name);
 	int fd = socket(family, SOCK_DGRAM, 0), size = 4 << 20;
 
 	CHECK(fd >= 0);

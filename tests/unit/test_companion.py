@@ -123,6 +123,24 @@ def test_budget_per_call() -> None:
         companion.close()
 
 
+@pytest.mark.parametrize("budget", [1, 65536])
+def test_budgets_at_the_edges(budget: int) -> None:
+    ports = free_ports(1)
+    companion = Companion.open(make_policy(ports, f"budget = {budget}"))
+    try:
+        send(ports[0], b"a", b"b", b"c")
+        total = 0
+        while select.select([companion.fileno()], [], [], 0)[0]:
+            batch = companion.try_receive()
+            assert batch is not None
+            with batch:
+                assert len(batch) == min(budget, 3)
+                total += len(batch)
+        assert total == 3
+    finally:
+        companion.close()
+
+
 def test_disabled_or_all_busy_means_nothing_arrives() -> None:
     policy = make_policy(free_ports(1), "enabled = false")
     assert open_companion_sockets(policy) == []

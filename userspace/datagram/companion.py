@@ -21,8 +21,9 @@ from userspace.datagram.mmsg import MmsgLanes
 from userspace.datagram.sockets import ServiceSocket, adopt, open_service_sockets, socket_ports
 from xdp.policy import Policy
 
-# Frames of a lane as a multiple of the budget: calls whose batches the application may hold at once.
+# Frames of a lane: enough for the batches of four calls, but no more than this unless one call needs it.
 _QUOTA_BUDGETS = 4
+_QUOTA = 8192
 
 
 def open_companion_sockets(policy: Policy, *, skip_busy: bool = False) -> list[ServiceSocket]:
@@ -49,11 +50,10 @@ class Companion:
 
     def __init__(self, policy: Policy, sockets: Iterable[ServiceSocket]) -> None:
         self.budget = policy.companion.budget
+        quota = max(self.budget, min(_QUOTA_BUDGETS * self.budget, _QUOTA))
         sockets = list(sockets)
         self._lanes = (
-            MmsgLanes(policy, sockets, quota=_QUOTA_BUDGETS * self.budget, drain=1, budget=self.budget)
-            if sockets
-            else None
+            MmsgLanes(policy, sockets, quota=quota, drain=1, budget=self.budget) if sockets else None
         )
 
     @classmethod

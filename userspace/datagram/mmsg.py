@@ -161,7 +161,7 @@ class MmsgLanes:
             if count > 0:
                 self._outstanding += 1
                 return Batch(self, memory, count)
-            if count == 0 or (count == -errno.EAGAIN and timeout == 0):
+            if count == 0:
                 break
             if count not in {-errno.EINTR, -errno.EAGAIN}:
                 self._spare.append(memory)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lanes over plain sockets: the last rung of the mode ladder, nothing but Python.
+"""Lanes over plain sockets: the last rung of the mode ladder, no system call from C.
 
 One system call and one run of the reference classifier (:mod:`xdp.classify`) per
 datagram: some tens of thousands a second.  The behaviour is that of
@@ -35,7 +35,7 @@ from userspace.datagram.sockets import (
     socket_drops,
     socket_ports,
 )
-from userspace.native._native import ffi
+from userspace.native._native import ffi, lib
 from xdp.abi import REASONS
 from xdp.classify import Classifier, Verdict
 from xdp.errors import InterfaceGoneError, UsageError
@@ -73,20 +73,6 @@ class _Lane:
         self.small = self.large = 0  # frames queued and held
         self.credit = 0.0
         self.delivered = self.dropped = 0
-
-
-class _Columns:
-    """A ``struct sl_batch`` and the arrays that it points to, without a call into C."""
-
-    def __init__(self, capacity: int) -> None:
-        self.memory: CData = ffi.new("struct sl_batch *")
-        self.memory.capacity = capacity
-        self.arrays: list[CData] = []
-        for name, field in ffi.typeof("struct sl_batch").fields:
-            if field.type.kind == "pointer" and name not in {"data", "owner"}:
-                column = ffi.new(f"{field.type.item.cname}[]", capacity)
-                self.arrays.append(column)
-                setattr(self.memory, name, column)
 
 
 class PortableLanes:
@@ -134,8 +120,7 @@ class PortableLanes:
         self._lanes = [_Lane() for _ in policy.lanes]
         self._held: dict[int, int] = {}  # frame -> lane
         self._abandoned: list[Abandoned] = []
-        self._spare: list[_Columns] = []
-        self._in_use: dict[int, _Columns] = {}  # address of the memory -> columns
+        self._spare: list[CData] = []
         self._counts: Counter[str] = Counter()
         self._verdicts: Counter[str] = Counter()
         self._last_read = -1  # descriptor
@@ -301,10 +286,9 @@ class PortableLanes:
                 lane.credit = 0.0  # a share that was not needed is not saved up
             self._held.update((received.frame, number) for received in taken[len(taken) - count :])
         self._signal()
-        columns = self._spare.pop() if self._spare else _Columns(256)
-        if columns.memory.capacity < len(taken):
-            columns = _Columns(len(taken))
-        memory = columns.memory
+        memory = self._spare.pop() if self._spare else _new_memory(256)
+        if memory.capacity < len(taken):
+            memory = _new_memory(len(taken))
         memory.count = len(taken)
         memory.data, memory.data_size = self._area_pointer, len(self._area)
         memory.received_ns = time.monotonic_ns()
@@ -325,7 +309,6 @@ class PortableLanes:
         sources = b"".join([received.source for received in taken])
         ffi.memmove(memory.sources, sources, len(sources))
         memory.columns_ready = memory.sources_ready = 1
-        self._in_use[int(ffi.cast("uintptr_t", memory))] = columns
         return Batch(self, memory, len(taken))
 
     def _signal(self) -> None:
@@ -355,7 +338,7 @@ class PortableLanes:
             else:
                 lane.large -= 1
                 self._free_large.append(frame)
-        self._spare.append(self._in_use.pop(int(ffi.cast("uintptr_t", memory))))
+        self._spare.append(memory)
 
     def abandon(self, abandoned: Abandoned) -> None:
         """A batch was dropped without release; its frames come back at the next receive."""
@@ -492,3 +475,7 @@ class PortableLanes:
     def __del__(self) -> None:
         if not getattr(self, "_closed", True):
             self.close()
+
+
+def _new_memory(capacity: int) -> CData:
+    return ffi.gc(lib.sl_batch_new(capacity), lib.sl_batch_free)

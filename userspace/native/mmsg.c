@@ -300,7 +300,7 @@ int sl_mmsg_receive(struct sl_mmsg *m, struct sl_batch *batch, uint32_t maximum,
 
 			if (waited >= (uint64_t)timeout_ms)
 				break;
-			left -= waited;
+			left -= (int)waited;
 		}
 		if (epoll_wait(m->epoll, &ready, 1, left) < 0)
 			return -errno;
@@ -308,7 +308,7 @@ int sl_mmsg_receive(struct sl_mmsg *m, struct sl_batch *batch, uint32_t maximum,
 	hand_out(m, batch, maximum);
 	signal_queued(m);
 	batch->received_ns = sl_now_ns();
-	return batch->count;
+	return (int)batch->count;
 }
 
 uint32_t sl_mmsg_release(struct sl_mmsg *m, struct sl_batch *batch)

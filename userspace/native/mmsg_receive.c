@@ -268,5 +268,5 @@ int sl_mmsg_read_sockets(struct sl_mmsg *m, uint32_t want)
 		}
 		n = still;
 	}
-	return total;
+	return (int)total;
 }

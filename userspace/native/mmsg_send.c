@@ -38,7 +38,7 @@ static socklen_t write_name(struct sockaddr_in6 *name, int family, const struct 
 
 	memset(name, 0, sizeof(*name));
 	if (family == AF_INET) {
-		if (memcmp(to->address, mapped, sizeof(mapped)))
+		if (memcmp(to->address, mapped, sizeof(mapped)) != 0)
 			return 0;
 		v4->sin_family = AF_INET;
 		v4->sin_port = htons(to->port);
