@@ -37,13 +37,7 @@ BPF_ARRAY(control, struct sluice_generate_control, 1);
 BPF_ARRAY(streams, struct sluice_generate_stream, SLUICE_GENERATE_STREAMS);
 BPF_ARRAY(templates, struct sluice_generate_template, SLUICE_GENERATE_TEMPLATES);
 
-/* The program's own memory from one call to the next. */
-struct progress {
-	__u64 now;
-	__u32 calls;
-	__u32 turn; /* where the search for a due stream begins: none starves another */
-};
-BPF_ARRAY(progresses, struct progress, 1);
+BPF_ARRAY(progress, struct sluice_generate_progress, 1);
 
 /* With a lazy clock the time is read once in so many calls; reading it costs 35 ns. */
 #define CLOCK_CALLS 32
@@ -200,25 +194,28 @@ int sluice_generate(struct xdp_md *ctx)
 {
 	struct sluice_generate_control *what;
 	struct sluice_generate_stream *stream;
-	struct progress *progress;
+	struct sluice_generate_progress *memory;
 	__u32 zero = 0, first, i;
 	__u64 now, elapsed;
 
 	what = control.lookup(&zero);
-	progress = progresses.lookup(&zero);
-	if (!what || !progress || what->stop)
+	memory = progress.lookup(&zero);
+	if (!what || !memory || what->stop)
 		return XDP_DROP;
-	if (!what->lazy_clock || !(progress->calls++ % CLOCK_CALLS))
-		progress->now = bpf_ktime_get_ns();
-	now = progress->now;
-	if (now < what->start_ns || (what->end_ns && now >= what->end_ns))
+	if (!what->lazy_clock || !(memory->calls++ % CLOCK_CALLS))
+		memory->now_ns = bpf_ktime_get_ns();
+	now = memory->now_ns;
+	if (!memory->start_ns)
+		memory->start_ns = now;
+	elapsed = now - memory->start_ns;
+	if (what->duration_ns && elapsed >= what->duration_ns)
 		return XDP_DROP;
-	elapsed = (now - what->start_ns) << SLUICE_GENERATE_SHIFT;
+	elapsed <<= SLUICE_GENERATE_SHIFT;
 
-	first = progress->turn + 1;
+	first = memory->turn + 1;
 	if (first >= what->streams)
 		first = 0;
-	progress->turn = first;
+	memory->turn = first;
 	for (i = 0; i < SLUICE_GENERATE_STREAMS; i++) {
 		__u32 index = first + i;
 

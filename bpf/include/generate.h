@@ -5,7 +5,7 @@
  * to cffi, so only structs of fixed-size integers and "#define NAME number" are
  * allowed here.
  *
- * Times of a schedule are in units of 2^-16 ns since start_ns, so that a rate
+ * Times of a schedule are in units of 2^-16 ns since the start, so that a rate
  * which is no divisor of 10^9 is still kept exactly; 64 bits last for 78 hours.
  */
 #ifndef SLUICE_GENERATE_H
@@ -20,12 +20,19 @@
 
 /* map "control", array[1]: written by user space only */
 struct sluice_generate_control {
-	__u64 start_ns;   /* CLOCK_MONOTONIC; nothing is sent before */
-	__u64 end_ns;     /* nor from here on; 0: no end */
-	__u32 streams;    /* how many entries of "streams" are used */
-	__u32 stop;       /* 1: send nothing any more */
-	__u32 lazy_clock; /* 1: neither rates nor stamps, so the time need not be exact */
+	__u64 duration_ns; /* nothing is sent later than this after the start; 0: no end */
+	__u32 streams;     /* how many entries of "streams" are used */
+	__u32 stop;        /* 1: send nothing any more */
+	__u32 lazy_clock;  /* 1: neither rates nor stamps, so the time need not be exact */
 	__u32 reserved;
+};
+
+/* map "progress", array[1]: the program's own memory, zeroed by user space before a run */
+struct sluice_generate_progress {
+	__u64 start_ns; /* CLOCK_MONOTONIC of the first call: what is before it costs no time */
+	__u64 now_ns;   /* of the latest reading of the clock */
+	__u32 calls;
+	__u32 turn; /* where the search for a due stream begins: none starves another */
 };
 
 /*

@@ -437,7 +437,7 @@ class TestControl:
             generator.wait(timeout=SECONDS)
 
     def test_nothing_arrives_without_a_program_at_the_other_end(self, lab: Lab, generator: Generator) -> None:
-        """As the platform notes say; the interface counts them as errors, so they are not lost silently."""
+        """The kernel throws them away uncounted; this is why the client has a program from the start."""
         result = generator.run(count=100, rate=10_000, templates=[Template(frame(lab, bytes(22)))])
         statistics = lab.client.statistics()
         assert sum(n for name, n in statistics.items() if name.endswith("_xdp_xmit")) == 0

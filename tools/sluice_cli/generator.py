@@ -49,10 +49,14 @@ _DEFAULT_BACKLOG: Final = 0.1  # seconds; longer than the stalls seen on busy ma
 # One call of the kernel's loop: setting one up takes about 6 ms in which nothing is sent, and a
 # generator can be stopped only between calls.
 _CALL_SECONDS: Final = 0.2
-_FIRST_CALL: Final = 1 << 15  # frames
+_FIRST_CALL: Final = 1 << 17  # frames; 15 ms when most calls send nothing
 _LONGEST_CALL: Final = 1 << 24
 _BATCH: Final = 64  # frames between two chances for the receiving end to run (NAPI's own weight)
 _XDP_MD_WORDS: Final = 6
+_VALUES: Final = {
+    "streams": "struct sluice_generate_stream *",
+    "progress": "struct sluice_generate_progress *",
+}
 _LOG_BYTES: Final = 1 << 20
 # What a receiver may have changed in a frame before it comes back: headers, and a heartbeat's payload.
 _DIRTY_PAYLOAD: Final = 32
@@ -114,8 +118,8 @@ class GeneratorResult:
     """What was sent.
 
     ``seconds`` is from the first packet of any stream to the last.  ``refused`` is the interface's own
-    count of frames that the other end did not take (its ring was full, or it has no program), since the
-    start; of several generators on one interface it is the sum, and it is 0 until the run is over.
+    count of frames that the other end had no room for during the run; with several generators on one
+    interface it is of all of them, and it is 0 until the run is over.
     """
 
     sent: int
@@ -227,10 +231,10 @@ class Generator:
         self._control.lazy_clock = all(stream.rate is None for stream in streams) and all(
             template.stamp is None for template in templates
         )
-        limit = MAX_SECONDS if seconds is None else seconds
-        self._thread = threading.Thread(
-            target=self._work, args=(limit,), name="sluice-generator", daemon=True
-        )
+        self._control.duration_ns = int((MAX_SECONDS if seconds is None else seconds) * 1e9)
+        self._write("control", 0, self._control)
+        self._write("progress", 0, header.ffi.new("struct sluice_generate_progress *"))
+        self._thread = threading.Thread(target=self._work, name="sluice-generator", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -269,7 +273,7 @@ class Generator:
         found: list[StreamResult] = []
         first, last = 0, 0
         for index, stream in enumerate(self._streams):
-            entry = self._read_stream(index)
+            entry = self._read("streams", index)
             seconds = (entry.last_ns - entry.first_ns) / 1e9
             found.append(StreamResult(stream.name, entry.sent, entry.bytes, entry.missed, seconds))
             if entry.sent:
@@ -278,18 +282,13 @@ class Generator:
         sent = sum(stream.sent for stream in found)
         return GeneratorResult(sent, self._refused, (last - first) / 1e9, tuple(found))
 
-    def _work(self, seconds: float) -> None:
+    def _work(self) -> None:
         """The thread: it enters namespace and CPU for itself alone, and ends there."""
         try:
             os.sched_setaffinity(0, {self.cpu})
             with self.host.enter():
-                now = time.monotonic_ns()
-                self._control.start_ns = now
-                self._control.end_ns = now + int(seconds * 1e9)
-                # stop() may have been called meanwhile; it has set .stop in this same struct
-                self._write("control", 0, self._control)
                 before = self._refused_so_far()
-                self._loop(seconds)
+                self._loop()
                 self._refused = self._refused_so_far() - before
         except SluiceError as error:
             self._error = error
@@ -304,7 +303,7 @@ class Generator:
         counters = self.host.statistics().items()
         return sum(value for name, value in counters if re.fullmatch(r"tx_queue_\d+_xdp_xmit_errors", name))
 
-    def _loop(self, seconds: float) -> None:
+    def _loop(self) -> None:
         length = len(self._frame)
         frame = kernel.from_buffer("char[]", self._frame)
         context = kernel.new(f"uint32_t[{_XDP_MD_WORDS}]")
@@ -316,11 +315,8 @@ class Generator:
         run.flags = lib.BPF_F_TEST_XDP_LIVE_FRAMES
         run.batch_size = _BATCH
         run.repeat = _FIRST_CALL
-        start = time.monotonic()
-        while not self._stopping.is_set():
+        while not self._stopping.is_set() and not self._over():
             began = time.monotonic()
-            if began - start >= seconds or self._all_sent():
-                break
             error = -lib.sluice_prog_test_run(self._program, run)
             if error == errno.EINTR:  # a signal, meant for the main thread
                 continue
@@ -330,9 +326,12 @@ class Generator:
             wanted = int(run.repeat * min(4.0, _CALL_SECONDS / took))
             run.repeat = max(_FIRST_CALL, min(_LONGEST_CALL, wanted))
 
-    def _all_sent(self) -> bool:
+    def _over(self) -> bool:
+        start = self._read("progress", 0).start_ns
+        if start and time.monotonic_ns() - start >= self._control.duration_ns:
+            return True
         return all(
-            stream.count is not None and self._read_stream(index).sent >= stream.count
+            stream.count is not None and self._read("streams", index).sent >= stream.count
             for index, stream in enumerate(self._streams)
         )
 
@@ -370,13 +369,12 @@ class Generator:
         if error:
             raise SluiceError.from_errno(f"cannot write the generator's map {name!r}", error)
 
-    def _read_stream(self, index: int) -> Any:
-        header = _header()
-        value = header.ffi.new("struct sluice_generate_stream *")
-        raw = kernel.from_buffer("char[]", header.ffi.buffer(value))
-        error = -lib.sluice_map_lookup(self._maps["streams"], kernel.new("uint32_t *", index), raw)
+    def _read(self, name: str, index: int) -> Any:
+        value = _header().ffi.new(_VALUES[name])
+        raw = kernel.from_buffer("char[]", _header().ffi.buffer(value))
+        error = -lib.sluice_map_lookup(self._maps[name], kernel.new("uint32_t *", index), raw)
         if error:
-            raise SluiceError.from_errno("cannot read the generator's counts", error)
+            raise SluiceError.from_errno(f"cannot read the generator's map {name!r}", error)
         return value
 
 
