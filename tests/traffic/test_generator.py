@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pyroute2 import IPRoute
@@ -324,6 +325,7 @@ class TestContents:
             from scapy.layers.inet import IP, UDP
             from scapy.layers.inet6 import IPv6
             from scapy.layers.l2 import Ether
+            from scapy.packet import Packet
         lab.server.attach_pass()
         with lab.server.enter():
             sniffer = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0003))  # ETH_P_ALL
@@ -333,9 +335,9 @@ class TestContents:
             sniffer.bind((lab.server.interface, 0))
             template = Template(frame(lab, bytes(20), version=version, vlans=vlans), stamp=0)
             self.run(generator, Stream([template], rate=1_000, count=100, sources=5, ports=3))
-            found = []
+            found: list[Packet] = []
             while len(found) < 100:
-                packet = Ether(sniffer.recv(2048))  # the kernel has taken off the outer tag
+                packet: Packet = Ether(sniffer.recv(2048))  # the kernel has taken off the outer tag
                 if UDP in packet and packet[UDP].dport == PORT:
                     found.append(packet)
         sequences = [STAMP.unpack_from(bytes(packet[UDP].payload))[0] for packet in found]
@@ -445,14 +447,15 @@ class TestControl:
 
     def test_wrong_arguments(self, lab: Lab, generator: Generator) -> None:
         good = Template(frame(lab, bytes(22)))
-        for wrong in (
+        wrongs: list[dict[str, Any]] = [
             {"templates": []}, {"templates": [good], "rate": 0}, {"templates": [good], "rate": 1e9},
             {"templates": [good], "count": 0}, {"templates": [good], "sources": -1},
             {"templates": [good], "ports": 65_536}, {"templates": [good], "seed": 1 << 64},
             {"templates": [good], "backlog": -1}, {"templates": [Template(bytes(60))], "sources": 2},
-        ):  # fmt: skip
+        ]  # fmt: skip
+        for wrong in wrongs:
             with pytest.raises(UsageError):
-                Stream(**wrong)  # type: ignore[arg-type]
+                Stream(**wrong)
         with pytest.raises(UsageError, match="without an end"):
             generator.run(templates=[good])
         with pytest.raises(UsageError, match="seconds"):

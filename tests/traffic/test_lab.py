@@ -177,9 +177,12 @@ class TestTwoHosts:
         assert lab.server.run(["false"], check=False).returncode == 1
 
     def test_wrong_arguments(self) -> None:
-        for options in ({"queues": 0}, {"queues": lib.SLUICE_MAX_QUEUES + 1}, {"mtu": 100}, {"mtu": 9000}):
+        for queues in (0, lib.SLUICE_MAX_QUEUES + 1):
             with pytest.raises(UsageError, match="allowed"):
-                Lab(**options)
+                Lab(queues=queues)
+        for mtu in (100, 9000):
+            with pytest.raises(UsageError, match="allowed"):
+                Lab(mtu=mtu)
         for bad in ("", "-a", "a-", "A", "../x", "a b", "x" * 33):
             with pytest.raises(UsageError, match="no name for a lab"):
                 Lab(bad)
@@ -366,6 +369,35 @@ class TestCommand:
         assert main(["lab", "shell", "--name", name, "--", "no-such-command"]) == UsageError.exit_code
         assert main(["lab", "shell", "--name", f"{name}-x"]) == NotLoadedError.exit_code
         assert "sluice lab up" in capfd.readouterr().err
+
+    def test_all_labs(self) -> None:
+        """With a /run of its own, so that nobody else's labs are taken down."""
+        script = """
+            set -e
+            mount -t tmpfs tmpfs /run
+            sluice() { "$PYTHON" -m sluice_cli lab "$@"; }
+            sluice up --name one --static-neighbours
+            sluice up --name two --queues 3
+            mkdir -p /run/sluice/labs
+            echo damaged > /run/sluice/labs/three.json
+            sluice list
+            sluice down --all
+            sluice list --json
+            sluice down --all
+            test -z "$(ls /run/netns)"
+        """
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}", "PYTHON": sys.executable}
+        done = subprocess.run(
+            ["unshare", "--mount", "sh", "-c", script],
+            env=environment, capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "lab 'one' removed" in done.stdout
+        assert "lab 'two' removed" in done.stdout
+        assert "sluice-two-b" in done.stdout
+        assert '"labs": []' in done.stdout
+        assert "no lab to remove" in done.stdout
+        assert "three.json is damaged" in done.stderr
 
     def test_down_leaves_other_processes_alone_and_names_them(
         self, name: str, capsys: pytest.CaptureFixture[str]

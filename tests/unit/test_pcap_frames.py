@@ -82,11 +82,13 @@ class TestBuild:
             layer = Dot1AD if tag == 0x88A8 else Dot1Q
             expected /= layer(prio=control >> 13, dei=control >> 12 & 1, vlan=control & 0xFFF)
         expected /= ip / UDP(sport=ports[0], dport=ports[1]) / Raw(payload)
-        for number, (tag, _) in enumerate(tags):
-            # scapy puts the type of the layer behind; two equal tags it would call 0x9100
-            (expected if number == 0 else expected.getlayer(number)).type = tag
+        layers = [expected, *(expected.getlayer(number) for number in range(1, len(tags) + 1))]
+        types = [*(tag for tag, _ in tags), 0x0800 if version == 4 else 0x86DD]
         if tags:
-            expected.getlayer(len(tags)).type = 0x0800 if version == 4 else 0x86DD
+            # scapy puts the type of the layer behind; two equal tags it would call 0x9100
+            for layer, ethertype in zip(layers, types, strict=True):
+                assert layer is not None
+                layer.type = ethertype
         assert frame == bytes(expected)
         found = where(frame)
         assert isinstance(found, Datagram)
