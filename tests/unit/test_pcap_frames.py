@@ -86,9 +86,9 @@ class TestBuild:
         types = [*(tag for tag, _ in tags), 0x0800 if version == 4 else 0x86DD]
         if tags:
             # scapy puts the type of the layer behind; two equal tags it would call 0x9100
-            for layer, ethertype in zip(layers, types, strict=True):
-                assert layer is not None
-                layer.type = ethertype
+            for place, ethertype in zip(layers, types, strict=True):
+                assert place is not None
+                place.type = ethertype
         assert frame == bytes(expected)
         found = where(frame)
         assert isinstance(found, Datagram)
