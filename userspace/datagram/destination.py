@@ -87,7 +87,13 @@ class Destination:
         destination, destination_port = _endpoint(self.destination, "destination")
         if source.version != destination.version:
             raise UsageError(f"source {source} and destination {destination} are of different families")
-        for name, limit in (("hops", 255), ("traffic_class", 255), ("identification", 65535), ("mtu", 65535)):
+        for name, limit in (
+            ("hops", 255),
+            ("traffic_class", 255),
+            ("identification", 65535),
+            ("flow_label", (1 << 20) - 1),
+            ("mtu", 65535),
+        ):
             if not 0 <= getattr(self, name) <= limit:
                 raise UsageError(f"{name} of a destination is 0 to {limit}, not {getattr(self, name)}")
         raw = ffi.new("struct sl_destination *")
@@ -99,13 +105,15 @@ class Destination:
         raw.identification, raw.mtu = self.identification, self.mtu
         raw.hops, raw.traffic_class = self.hops, self.traffic_class
         raw.family = source.version
-        raw.vlan = -1 if self.vlan is None else min(max(self.vlan, -2), 1 << 20)
-        raw.flow_label = min(max(self.flow_label, 0), 1 << 20)
+        if self.vlan is not None and not 0 <= self.vlan <= 4094:
+            raise UsageError(f"vlan of a destination is 0 to 4094 or None, not {self.vlan}")
+        raw.vlan = -1 if self.vlan is None else self.vlan
+        raw.flow_label = self.flow_label
         template = ffi.new("struct sl_template *")
         if lib.sl_template_init(template, raw):
             raise UsageError(
-                f"vlan {self.vlan}, flow label {self.flow_label} or mtu {self.mtu} is out of range",
-                hint="vlan 0 to 4094, flow label below 2^20, mtu at least 68 (IPv4) or 1280 (IPv6)",
+                f"an mtu of {self.mtu} is too small for IPv{source.version}",
+                hint="IPv4 has at least 68, IPv6 1280",
             )
         object.__setattr__(self, "template", template)
 
