@@ -39,9 +39,7 @@ ROOT_HINT = "run it as root, or with CAP_BPF and CAP_NET_ADMIN (and CAP_SYS_ADMI
 
 AttachMode = Literal["native", "generic", "offload"]
 
-# XDP_ATTACHED_* of linux/if_link.h
-_MODES: dict[int, AttachMode] = {1: "native", 2: "generic", 3: "offload"}
-_MULTI = 4
+# An interface may carry a program in each mode; IFLA_XDP_PROG_ID names one only if it is alone.
 _PROGRAM_BY_MODE: tuple[tuple[AttachMode, str], ...] = (
     ("native", "IFLA_XDP_DRV_PROG_ID"),
     ("generic", "IFLA_XDP_SKB_PROG_ID"),
@@ -119,19 +117,10 @@ def attachments() -> list[Attachment]:
 
 def _attached(message: Any) -> Iterator[Attachment]:
     nest = message.get_attr("IFLA_XDP")
-    attached = nest.get_attr("IFLA_XDP_ATTACHED") if nest is not None else None
-    # pyroute2 decodes the number to a name in some versions; the ids by mode say the same.
-    if attached in (None, 0):
-        return
-    name, index = str(message.get_attr("IFLA_IFNAME")), int(message["index"])
-    seen = False
     for mode, attribute in _PROGRAM_BY_MODE:
-        if program := nest.get_attr(attribute):
-            seen = True
-            yield Attachment(name, index, mode, int(program))
-    if not seen and (program := nest.get_attr("IFLA_XDP_PROG_ID")):  # before Linux 4.20
-        mode = _MODES.get(attached, "native") if attached != _MULTI else "native"
-        yield Attachment(name, index, mode, int(program))
+        if nest is not None and (program := nest.get_attr(attribute)):
+            name = str(message.get_attr("IFLA_IFNAME"))
+            yield Attachment(name, int(message["index"]), mode, int(program))
 
 
 def interfaces() -> list[str]:
@@ -222,6 +211,11 @@ def _map_info(map_id: int) -> MapInfo | None:
         return None
     opened.close()
     return opened.info
+
+
+def program_descriptor(one: Loaded) -> int:
+    """A descriptor of the program, which the caller closes. Raises `NotLoadedError` when it is gone."""
+    return _open(lib.sluice_prog_by_id, one.id, f"program {one.id}")
 
 
 def btf_blob(btf_id: int) -> bytes:

@@ -152,8 +152,9 @@ class Steered:
         """End a process that this object started."""
         process.terminate()
         process.wait(timeout=30)
-        if process.stdout is not None:
-            process.stdout.close()
+        for stream in (process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
         self.processes.remove(process)
 
     def send(self, frames: Sequence[bytes], interface: str = FAR) -> None:

@@ -9,6 +9,7 @@ id can't be meant.  A foreign program is never touched.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -19,9 +20,11 @@ import click
 from sluice_cli.map_view import owner_state
 from sluice_cli.output import Output, common_options, examples
 from xdp import inventory
+from xdp._libbpf import lib
 from xdp.errors import BusyError, SluiceError, UsageError
 
 POLL_SECONDS = 0.02
+XDP_FLAGS_REPLACE = 16  # linux/if_link.h: only if the expected program is the one
 
 
 @click.command(
@@ -94,9 +97,7 @@ def remove(one: inventory.Loaded, timeout: float, force: bool) -> dict[str, Any]
     unpinned = _unpin(one)
     signalled = [holder.pid for holder in holders if _signal(holder.pid, one, signal.SIGTERM)]
     if one.link_id is None:
-        from xdp.link import detach_foreign
-
-        detach_foreign(one.ifindex)
+        _detach(one)
     if not _gone(one, timeout) and force:
         for holder in inventory.holders(one):
             if holder.link:
@@ -115,6 +116,33 @@ def remove(one: inventory.Loaded, timeout: float, force: bool) -> dict[str, Any]
         "signalled": signalled,
         "unpinned": unpinned,
     }
+
+
+def _detach(one: inventory.Loaded) -> None:
+    """Take off a program that was attached without a link, if it still is the one that was found."""
+    from pyroute2 import IPRoute
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    descriptor = inventory.program_descriptor(one)
+    mode = {"native": lib.XDP_FLAGS_DRV_MODE, "generic": lib.XDP_FLAGS_SKB_MODE}.get(one.mode, 0)
+    attributes = [
+        ("IFLA_XDP_FD", -1),
+        ("IFLA_XDP_EXPECTED_FD", descriptor),
+        ("IFLA_XDP_FLAGS", mode | XDP_FLAGS_REPLACE),
+    ]
+    try:
+        with IPRoute() as route:
+            route.link("set", index=one.ifindex, xdp={"attrs": attributes})
+    except NetlinkError as error:
+        if error.code != errno.EEXIST:
+            raise SluiceError.from_errno(
+                f"taking program {one.id} off {one.interface}", error.code
+            ) from error
+        raise BusyError(
+            f"{one.interface} has another program by now", hint=f"look again: sluice status {one.interface}"
+        ) from error
+    finally:
+        os.close(descriptor)
 
 
 def _unpin(one: inventory.Loaded) -> list[str]:
