@@ -13,14 +13,17 @@ MAC_FROM = bytes.fromhex("02005e100002")
 IPV4, IPV6, VLAN, QINQ = 0x0800, 0x86DD, 0x8100, 0x88A8
 UDP, FRAGMENT, HOP_BY_HOP, ROUTING, DESTINATION, AH, NO_NEXT = 17, 44, 0, 43, 60, 51, 59
 
-TARGETS = {4: IPv4Address("192.0.2.1"), 6: IPv6Address("2001:db8:ffff::1")}
+TARGETS: dict[int, IPv4Address | IPv6Address] = {
+    4: IPv4Address("192.0.2.1"),
+    6: IPv6Address("2001:db8:ffff::1"),
+}
 
 
 def checksum(data: bytes, start: int = 0) -> int:
     """RFC 1071."""
     if len(data) % 2:
         data += b"\0"
-    total = start + sum(struct.unpack(f"!{len(data) // 2}H", data))
+    total: int = start + sum(struct.unpack(f"!{len(data) // 2}H", data))
     while total > 0xFFFF:
         total = (total & 0xFFFF) + (total >> 16)
     return ~total & 0xFFFF
@@ -83,10 +86,11 @@ def udp_frame(
     source: str, port: int, payload: bytes = b"", tags: Sequence[int] = (), *, sums: bool = False
 ) -> bytes:
     """A datagram of the family of ``source``; ``sums``: with the UDP checksum (RFC 768, RFC 8200 8.1)."""
-    version = ip_address(source).version
+    address: IPv4Address | IPv6Address = ip_address(source)
+    version = address.version
     datagram = udp(port, payload)
     if sums:
-        pseudo = ip_address(source).packed + TARGETS[version].packed + struct.pack("!HH", UDP, len(datagram))
+        pseudo = address.packed + TARGETS[version].packed + struct.pack("!HH", UDP, len(datagram))
         datagram = datagram[:6] + struct.pack("!H", checksum(pseudo + datagram) or 0xFFFF) + datagram[8:]
     if version == 4:
         return ethernet(IPV4, ipv4(datagram, source=source), tags)

@@ -14,16 +14,18 @@ from xdp.policy import Policy
 PORTS = tuple(range(8000, 8016))
 #: Nested on purpose: the longest prefix decides.
 PREFIXES = (
-    "0.0.0.0/0", "10.0.0.0/8", "10.1.0.0/16", "10.1.2.0/24", "10.1.2.128/25", "198.18.0.0/15", "203.0.113.7/32",
-    "::/0", "2001:db8::/32", "2001:db8:1::/48", "2001:db8:1:2::/64", "2001:db8:1:2::8/125", "fe80::/10", "::/8",
+    "0.0.0.0/0", "10.0.0.0/8", "10.1.0.0/16", "10.1.2.0/24", "10.1.2.128/25", "198.18.0.0/15",
+    "203.0.113.7/32", "::/0", "2001:db8::/32", "2001:db8:1::/48", "2001:db8:1:2::/64",
+    "2001:db8:1:2::8/125", "fe80::/10", "::/8",
 )  # fmt: skip
 PEERS = ("10.1.2.3", "10.9.9.9", "192.0.2.7", "203.0.113.9", "2001:db8::7", "2001:db8:1:2::9", "fe80::1")
 SOURCES = (
     *PEERS, "10.200.1.1", "10.1.77.1", "10.1.2.200", "198.19.1.1", "203.0.113.7", "8.8.8.8", "0.1.2.3",
-    "127.0.0.1", "224.0.0.5", "240.0.0.1", "255.255.255.255", "::", "::1", "::2", "ff02::1", "::ffff:10.1.2.3",
-    "::10.1.2.3", "2001:db8:1::5", "2001:db8:1:2::5", "2001:db8:1:2::f", "2001:db8:2::1", "2002::1", "fe80::2",
-    "64:ff9b::10.1.2.3",
+    "127.0.0.1", "224.0.0.5", "240.0.0.1", "255.255.255.255", "::", "::1", "::2", "ff02::1",
+    "::ffff:10.1.2.3", "::10.1.2.3", "2001:db8:1::5", "2001:db8:1:2::5", "2001:db8:1:2::f", "2001:db8:2::1",
+    "2002::1", "fe80::2", "64:ff9b::10.1.2.3",
 )  # fmt: skip
+_PROTOCOLS = (frames.UDP,) * 8 + (frames.AH, frames.NO_NEXT, 6, 58)
 # Bytes that patterns look for and payloads are made of: few, so that they meet.
 _BYTES = (0x00, 0x01, 0x53, 0x90, 0xFF)
 _MASKS = (0xFF, 0xF0, 0x0F, 0x80, 0x01)
@@ -58,8 +60,8 @@ def random_policy(rng: random.Random) -> str:
             parts.append(f"prefix_rate = {_GENEROUS}\nprefix_burst = {_GENEROUS}")
     ports = rng.sample(PORTS, len(PORTS))
     for number in range(rng.randint(1, 4)):
-        mine = sorted(ports.pop() for _ in range(rng.randint(1, 3)))
-        parts.append(f'[[service]]\nname = "service{number}"\nports = {mine}')
+        taken = sorted(ports.pop() for _ in range(rng.randint(1, 3)))
+        parts.append(f'[[service]]\nname = "service{number}"\nports = {taken}')
         parts.extend(_service_body(rng, lanes, [name for name in classes if name not in denied]))
     return "\n".join(part for part in parts if part) + "\n"
 
@@ -144,9 +146,7 @@ def random_frame(rng: random.Random, policy: Policy) -> bytes:
             rng.choice((frames.HOP_BY_HOP, frames.ROUTING, frames.DESTINATION, frames.FRAGMENT))
             for _ in range(rng.choice((0,) * 8 + (1, 2, 8, 9)))
         ]
-        first, headers = frames.chain(
-            kinds, rng.choice((frames.UDP,) * 8 + (frames.AH, frames.NO_NEXT, 6, 58))
-        )
+        first, headers = frames.chain(kinds, rng.choice(_PROTOCOLS))
         packet = frames.ipv6(headers + datagram, source=source, next_header=first)
         frame = frames.ethernet(frames.IPV6, packet, tags, to=to)
     else:

@@ -46,24 +46,25 @@ class IdleSocket:
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, _CHUNK)
-        self._failure: OSError | None = None
-        self._socket: socket.socket | None = None
+        self._opened: list[socket.socket] = []
+        failures: list[OSError] = []
         # A network namespace belongs to a thread: entered there, it is left by ending the thread.
-        thread = threading.Thread(target=self._open)
+        thread = threading.Thread(target=self._open, args=(failures,))
         thread.start()
         thread.join()
-        if self._failure is not None:
+        if failures:
             self.close()
             raise SluiceError.from_errno(
                 "opening an AF_XDP socket",
-                self._failure.errno or 0,
+                failures[0].errno or 0,
                 hint="`sluice doctor` says whether this kernel has AF_XDP",
-            ) from self._failure
+            ) from failures[0]
 
-    def _open(self) -> None:
+    def _open(self, failures: list[OSError]) -> None:
         try:
             _enter_new_namespace()
-            self._socket = made = socket.socket(_AF_XDP, socket.SOCK_RAW)
+            made = socket.socket(_AF_XDP, socket.SOCK_RAW)
+            self._opened.append(made)
             # Pinned by the kernel, not by us: the view ends before anybody could resize the memory.
             view = ctypes.c_char.from_buffer(self._memory)
             address = ctypes.addressof(view)
@@ -73,20 +74,18 @@ class IdleSocket:
                 made.setsockopt(_SOL_XDP, ring, _ENTRIES)
             _bind(made, socket.if_nametoindex("lo"))
         except OSError as error:
-            self._failure = error
+            failures.append(error)
 
     def fill(self, xsks: BpfMap, slots: int) -> None:
         """Put the socket into the first ``slots`` entries of an XSKMAP; they are empty once it is closed."""
-        assert self._socket is not None
-        value = struct.pack("=I", self._socket.fileno())
+        value = struct.pack("=I", self._opened[0].fileno())
         for slot in range(slots):
             xsks.update(struct.pack("=I", slot), value)
 
     def close(self) -> None:
         """Idempotent."""
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        while self._opened:
+            self._opened.pop().close()
         self._memory.close()
 
     def __enter__(self) -> Self:
