@@ -25,7 +25,8 @@ Fields = dict[str, Value]
 
 
 def _enum(name: str, prefix: str) -> dict[int, str]:
-    return {number: text.removeprefix(prefix).lower() for number, text in ffi.typeof(name).elements.items()}
+    elements = sorted(ffi.typeof(name).elements.items())
+    return {number: text.removeprefix(prefix).lower() for number, text in elements}
 
 
 #: Bytes that hold an enum, by struct and member.
