@@ -109,6 +109,8 @@ def remove(one: inventory.Loaded, timeout: float, force: bool) -> dict[str, Any]
             + (f", held by {who}" if who else ""),
             hint=f"have it killed: sluice down {one.interface} --force",
         )
+    if unpinned and not signalled:
+        _tidy(one)
     return {
         "interface": one.interface,
         "removed": True,
@@ -143,6 +145,13 @@ def _detach(one: inventory.Loaded) -> None:
         ) from error
     finally:
         os.close(descriptor)
+
+
+def _tidy(one: inventory.Loaded) -> None:
+    """After `sluice up --persist` nobody else is there to put settings back and remove the state file."""
+    from userspace.datagram.claim import Claim
+
+    Claim(one.interface, one.ifindex, lambda _text: None).leave()
 
 
 def _unpin(one: inventory.Loaded) -> list[str]:
