@@ -152,7 +152,10 @@ def resolve_destination(
         raise UsageError(f"there is no interface {interface!r} here", hint="`ip link` lists them") from error
     with IPRoute() as ip:
         try:
-            routes = tuple(ip.route("get", dst=str(host), oif=ifindex, family=family))
+            # Not asked for this interface, except where only that tells the link: the kernel would
+            # make up an on-link route to anywhere.
+            through = {"oif": ifindex} if host.is_link_local else {}
+            routes = tuple(ip.route("get", dst=str(host), family=family, **through))
             link = ip.get_links(ifindex)[0]
         except NetlinkError as error:
             raise _no_way(host, interface, str(error)) from error
