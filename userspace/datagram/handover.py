@@ -115,7 +115,7 @@ class OwnerConnection:
             raise messages.ProtocolError("the owner announced lanes in a way that is none")
         try:
             return msgspec.json.decode(messages.read_document(taken.pop())), reply.count
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, RecursionError) as error:
             raise messages.ProtocolError(f"the owner's description is not understood: {error}") from error
 
     def _check_answer(self, reply: messages.Reply) -> None:
