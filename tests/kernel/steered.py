@@ -113,6 +113,16 @@ class Steered:
         path = os.pathsep.join([str(ROOT), str(ROOT / "tools")])
         return {**os.environ, "PYTHONPATH": path, "NO_COLOR": "1", "COLUMNS": "100", **more}
 
+    def as_nobody(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Run the command line as an ordinary user, who can't write anything here."""
+        drop = ["--reuid=65534", "--regid=65534", "--clear-groups", "--bounding-set=-all", "--inh-caps=-all"]
+        code = "import sys; from sluice_cli.main import main; sys.exit(main(sys.argv[1:]))"
+        command = self.command("setpriv", *drop, sys.executable, "-B", "-c", code, *words)
+        environment = {
+            name: value for name, value in self.environment().items() if not name.startswith("COVERAGE")
+        }
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=60)
+
     def sluice(self, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
         """Run the command line in the namespace."""
         command = self.command(sys.executable, "-m", "sluice_cli", *words)

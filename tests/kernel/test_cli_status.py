@@ -270,7 +270,9 @@ def test_down_leaves_others_alone(tmp_path: Path) -> None:
         assert asked.returncode == 6
         assert f"(pid {owner.pid}), which is not a `sluice up`" in asked.stderr
         assert owner.poll() is None
-        assert made.json("down", "--force")["signalled"] == [owner.pid]
+        done = made.sluice("down", "--force")
+        assert done.returncode == 0
+        assert done.stdout.endswith(f"off {NEAR}; ended process {owner.pid}\n")
         assert owner.wait(timeout=30) == 0
         assert foreign.poll() is None
         assert [one.interface for one in in_namespace(made.name, inventory.attachments)] == [FAR]

@@ -7,7 +7,6 @@ import contextlib
 import ctypes
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -171,16 +170,7 @@ def test_a_program_attached_without_a_link(tmp_path: Path) -> None:
 def test_an_ordinary_user_is_told_what_is_missing(steered: Steered) -> None:
     done = steered.sluice("status")
     assert done.returncode == 0
-    drop = ["--reuid=65534", "--regid=65534", "--clear-groups", "--bounding-set=-all", "--inh-caps=-all"]
-    command = ["setpriv", *drop]
-    code = (
-        "import sys; sys.dont_write_bytecode = True\n"
-        "from sluice_cli.main import main\nsys.exit(main(['status']))"
-    )
-    done = subprocess.run(
-        steered.command(*command, sys.executable, "-c", code),
-        capture_output=True, text=True, check=False, env=steered.environment(),
-    )  # fmt: skip
+    done = steered.as_nobody("status")
     assert done.returncode == 4, done.stderr
     first, second = done.stderr.splitlines()
     assert first.startswith("sluice: error: may not look at program")

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -173,22 +172,7 @@ def test_the_command(pair: Steered) -> None:
 
 
 def test_without_privileges_it_says_so_and_nothing_untrue(pair: Steered) -> None:
-    code = (
-        "import sys; sys.dont_write_bytecode = True\n"
-        "from sluice_cli.main import main\nsys.exit(main(['doctor', '--json']))"
-    )
-    drop = [
-        "setpriv",
-        "--reuid=65534",
-        "--regid=65534",
-        "--clear-groups",
-        "--inh-caps=-all",
-        "--bounding-set=-all",
-    ]
-    done = subprocess.run(
-        pair.command(*drop, sys.executable, "-c", code),
-        capture_output=True, text=True, check=False, env=pair.environment(),
-    )  # fmt: skip
+    done = pair.as_nobody("doctor", "--json")
     assert done.returncode == 5, done.stderr
     document = json.loads(done.stdout)
     found = {row["topic"]: row for row in document["host"]}
