@@ -22,8 +22,8 @@ AttachMode = Literal["native", "generic"]
 
 _FLAGS = {"native": lib.XDP_FLAGS_DRV_MODE, "generic": lib.XDP_FLAGS_SKB_MODE}
 
-# IFLA_XDP_ATTACHED (linux/if_link.h): how a program sits on an interface.
-_ATTACHED = {1: "native", 2: "generic", 3: "offloaded", 4: "several"}
+# IFLA_XDP_ATTACHED (linux/if_link.h), in pyroute2's words: how a program sits on an interface.
+_ATTACHED = {"xdp": "native", "xdpgeneric": "generic", "xdpoffload": "offloaded", "xdpmulti": "several"}
 
 
 class _Loaded(Protocol):
@@ -40,10 +40,15 @@ def attached_program(ifindex: int) -> tuple[int, str] | None:
             if getattr(error, "code", None) == errno.ENODEV:
                 raise InterfaceGoneError(f"there is no interface with index {ifindex}") from error
             raise
-    xdp = links[0].get("xdp") if links else None
-    if not xdp or not xdp.get("prog_id"):
+    xdp = links[0].get_attr("IFLA_XDP") if links else None
+    if xdp is None:
         return None
-    return int(xdp.get("prog_id")), _ATTACHED.get(int(xdp.get("attached") or 0), "unknown")
+    # Where a native and a generic program sit side by side, either of them is somebody's.
+    ids = (xdp.get_attr(f"IFLA_XDP_{which}PROG_ID") for which in ("", "DRV_", "SKB_", "HW_"))
+    program_id = next((number for number in ids if number), None)
+    if program_id is None:
+        return None
+    return int(program_id), _ATTACHED.get(xdp.get_attr("IFLA_XDP_ATTACHED"), "unknown")
 
 
 def program_name(program_id: int) -> str:
@@ -142,7 +147,9 @@ def detach_foreign(ifindex: int) -> None:
     with IPRoute() as netlink:
         for flags in (lib.XDP_FLAGS_DRV_MODE, lib.XDP_FLAGS_SKB_MODE):
             try:
-                netlink.link("set", index=ifindex, xdp={"fd": -1, "flags": flags})
+                # Spelled out: xdp={"fd": -1} detaches nothing (pyroute2 0.9).
+                attributes = {"attrs": [("IFLA_XDP_FD", -1), ("IFLA_XDP_FLAGS", flags)]}
+                netlink.link("set", index=ifindex, IFLA_XDP=attributes)
             except Exception as error:  # pyroute2 raises its own NetlinkError
                 if getattr(error, "code", None) not in (errno.EBUSY, errno.EINVAL, errno.EOPNOTSUPP):
                     raise
@@ -160,8 +167,15 @@ def _interface_name(ifindex: int) -> str:
         return f"interface {ifindex}"
 
 
+def _exists(ifindex: int) -> bool:
+    return any(number == ifindex for number, _ in socket.if_nameindex())
+
+
 def _attach_error(code: int, ifindex: int, mode: AttachMode) -> SluiceError:
     name = _interface_name(ifindex)
+    # A link to no interface is answered by EINVAL.
+    if code == errno.ENODEV or not _exists(ifindex):
+        return InterfaceGoneError(f"{name} does not exist", hint="`ip link` lists the interfaces")
     if code in (errno.EBUSY, errno.EEXIST):
         found = attached_program(ifindex)
         who = f"program {found[0]} ({program_name(found[0])}, {found[1]})" if found else "another program"
@@ -169,8 +183,6 @@ def _attach_error(code: int, ifindex: int, mode: AttachMode) -> SluiceError:
             f"{name} already carries {who}",
             hint="take it off first (`ip link set dev NAME xdp off`, or stop its owner), or say --replace",
         )
-    if code == errno.ENODEV:
-        return InterfaceGoneError(f"{name} does not exist", hint="`ip link` lists the interfaces")
     if code in (errno.EOPNOTSUPP, errno.EINVAL) and mode == "native":
         return UnsupportedError.from_errno(
             f"the driver of {name} does not take a native XDP program",
