@@ -1,0 +1,413 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What goes wrong around AF_XDP lanes: interfaces that vanish, applications that die, wrong hands."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyroute2 import IPRoute
+
+from sluice_cli.lab import Host, Lab
+from tests.kernel.datapath import (
+    BULK,
+    SECONDS,
+    SPECS,
+    VOTES,
+    attached,
+    client_socket,
+    collect,
+    lanes_on,
+    load,
+    open_files,
+    open_on,
+    server_address,
+    until,
+)
+from userspace.datagram import xsk
+from userspace.datagram.descriptors import LaneSpec
+from userspace.datagram.destination import Destination
+from userspace.datagram.lanes import attach_lanes, open_lanes
+from userspace.datagram.xsk import open_queues
+from userspace.datagram.xsk_lanes import XskLanes
+from xdp.errors import BusyError, InterfaceGoneError, UnsupportedError, UsageError
+from xdp.policy import Policy
+from xdp.program import SteerProgram
+
+ROOT = Path(__file__).resolve().parents[2]
+NOBODY = 65534
+EPOLL_PWAIT2 = "441"  # the same number on all architectures (asm-generic/unistd.h)
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.bpf,
+    pytest.mark.filterwarnings("ignore:not a bytes object:DeprecationWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def program() -> Iterator[SteerProgram]:
+    loaded = load()
+    yield loaded
+    loaded.close()
+
+
+@contextlib.contextmanager
+def routes(host: Host) -> Iterator[Any]:
+    with host.enter(), IPRoute() as ip:
+        yield ip
+
+
+class Waiting:
+    """A thread in ``receive``; what became of it."""
+
+    def __init__(self, lanes: XskLanes) -> None:
+        self.result: object = None
+        self._lanes = lanes
+        self._thread = threading.Thread(target=self._wait)
+        self._thread.start()
+
+    def _wait(self) -> None:
+        try:
+            with self._lanes.receive() as batch:
+                self.result = [bytes(view) for view in batch]
+        except Exception as error:  # noqa: BLE001 - looked at by the test
+            self.result = error
+
+    def asleep(self) -> bool:
+        """Whether it sits in the kernel; nothing else in ``receive`` sleeps there but epoll."""
+        line = Path(f"/proc/self/task/{self._thread.native_id}/syscall").read_text(encoding="ascii")
+        return line.split()[0] == EPOLL_PWAIT2
+
+    def end(self) -> object:
+        self._thread.join(SECONDS)
+        assert not self._thread.is_alive(), "still waiting"
+        return self.result
+
+
+def wait_asleep(lanes: XskLanes) -> Waiting:
+    waiting = Waiting(lanes)
+    until(waiting.asleep, "a thread that sleeps")
+    return waiting
+
+
+def test_deleted_while_waiting(lab: Lab, program: SteerProgram) -> None:
+    with lanes_on(program, lab) as lanes:
+        waiting = wait_asleep(lanes)
+        with routes(lab.server) as ip:
+            ip.link("del", index=lab.server.ifindex)
+        error = waiting.end()
+        assert isinstance(error, InterfaceGoneError)
+        assert "srv0: the interface is gone" in str(error)
+        to = Destination(lab.server.mac, lab.client.mac, ("10.81.0.1", VOTES), ("10.81.0.2", 9))
+        lanes.send(to, [b"x"] * 3000)  # some are taken into the ring
+        with pytest.raises(InterfaceGoneError):
+            lanes.send(to, [b"x"] * 3000)
+        with pytest.raises(InterfaceGoneError):
+            lanes.receive(timeout=1)
+
+
+def test_deleted_while_polled(lab: Lab, program: SteerProgram) -> None:
+    """An application that only asks from time to time is told as well."""
+    with lanes_on(program, lab) as lanes:
+        with routes(lab.server) as ip:
+            ip.link("del", index=lab.server.ifindex)
+
+        def gone() -> bool:
+            try:
+                lanes.try_receive().release()
+            except InterfaceGoneError:
+                return True
+            return False
+
+        until(gone, "InterfaceGoneError")
+
+
+def test_deletion_wakes_event_loops(lab: Lab, program: SteerProgram) -> None:
+    with attached(program, lab.server):
+        descriptors = open_on(program, lab.server)
+        with lab.server.enter():  # netlink tells of links in the namespace where it is opened
+            lanes = XskLanes(descriptors)
+        with lanes, select.epoll() as loop:
+            loop.register(lanes.fileno(), select.EPOLLIN)
+            until(lambda: not loop.poll(0) or bool(lanes.try_receive().release()), "silence")
+            with routes(lab.server) as ip:
+                ip.link("del", index=lab.server.ifindex)
+            assert loop.poll(SECONDS)
+            with pytest.raises(InterfaceGoneError):
+                lanes.try_receive()
+
+
+def test_down_and_up_and_renamed(lab: Lab, program: SteerProgram) -> None:
+    with lanes_on(program, lab) as lanes, client_socket(lab) as client:
+        client.sendto(b"before", (server_address(lab), VOTES))
+        assert collect(lanes, 1) == [(0, b"before")]
+        to = Destination(lab.server.mac, lab.client.mac, ("10.81.0.1", VOTES), client.getsockname())
+        waiting = wait_asleep(lanes)
+        with routes(lab.server) as ip:
+            ip.link("set", index=lab.server.ifindex, state="down")
+            assert lanes.send(to, [b"sent while down"]) == 1
+            time.sleep(0.25)  # longer than the interval of the check that must not mistake this for gone
+            assert waiting.result is None
+            ip.link("set", index=lab.server.ifindex, ifname="renamed0", state="up")
+            until(lambda: ip.get_links(lab.server.ifindex)[0].get_attr("IFLA_OPERSTATE") == "UP", "up again")
+            neighbour = {"dst": str(lab.client.ipv4), "lladdr": lab.client.mac, "ifindex": lab.server.ifindex}
+            ip.neigh("replace", state="permanent", **neighbour)
+
+        def answered() -> bool:
+            client.sendto(b"after", (server_address(lab), VOTES))
+            return waiting.result is not None
+
+        until(answered, "a packet after the interface was up again")
+        assert waiting.end() == [b"after"] or set(waiting.result) == {b"after"}  # type: ignore[arg-type]
+        assert lanes.flush()
+        assert client.recv(100) == b"sent while down"
+
+
+def test_closed_while_waiting(lab: Lab, program: SteerProgram) -> None:
+    with lanes_on(program, lab) as lanes:
+        waiting = wait_asleep(lanes)
+        lanes.close()
+        error = waiting.end()
+        assert isinstance(error, ValueError)
+        assert "closed" in str(error)
+        for use in (lanes.receive, lanes.fileno, lanes.split):
+            with pytest.raises(ValueError, match="closed"):
+                use()
+        lanes.close()
+        assert lanes.closed
+
+
+def test_parts_end_with_the_whole(make_lab: Callable[..., Lab], program: SteerProgram) -> None:
+    with lanes_on(program, make_lab(queues=2)) as lanes:
+        first, second = lanes.split()
+        waiting = wait_asleep(first)
+        second.close()  # leaves the rest alone
+        lanes.try_receive().release()
+        lanes.close()
+        assert isinstance(waiting.end(), ValueError)
+
+
+def test_batches_outlive_the_lanes(lab: Lab, program: SteerProgram) -> None:
+    with attached(program, lab.server), client_socket(lab) as client:
+        lanes = XskLanes(open_on(program, lab.server))
+        client.sendto(b"kept", (server_address(lab), VOTES))
+        batch = lanes.receive(timeout=SECONDS)
+        lanes.close()
+        assert [bytes(view) for view in batch] == [b"kept"]
+        del lanes
+        assert str(batch.source(0)[0]) == "10.81.0.2"
+        batch.release()
+
+
+def test_nothing_is_left(lab: Lab, program: SteerProgram) -> None:
+    """Open and close again and again, at once: no descriptor and no mapping stays, the queue is free."""
+
+    def mappings() -> int:
+        return Path("/proc/self/maps").read_text(encoding="ascii").count("sluice-umem")
+
+    gc.collect()
+    before = open_files()
+    for round_ in range(5):
+        with lanes_on(program, lab) as lanes, client_socket(lab) as client:
+            client.sendto(b"%d" % round_, (server_address(lab), BULK))
+            assert collect(lanes, 1) == [(1, b"%d" % round_)]
+            assert mappings() == 1
+    assert mappings() == 0
+    del lanes
+    assert open_files() == before
+
+
+def test_dropped_lanes_close_themselves(lab: Lab) -> None:
+    policy = Policy.parse((ROOT / "tests/kernel/datapath.py").read_text(encoding="utf-8").split('"""')[3])
+    with lab.server.enter():
+        lanes = open_lanes(policy, interface=lab.server.interface)
+    assert lanes.mode == "native-copy"
+    with pytest.warns(ResourceWarning, match="never closed"):
+        del lanes
+    lab.server.attach_pass()  # refused if a program were still there
+
+
+def test_queue_in_use(lab: Lab, program: SteerProgram, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xsk, "BUSY_TIMEOUT", 0.05)
+    before = open_files()
+    with lanes_on(program, lab), pytest.raises(BusyError, match="another AF_XDP application"):
+        open_on(program, lab.server)
+    gc.collect()
+    assert open_files() == before
+
+
+def test_second_application_is_refused(lab: Lab, program: SteerProgram) -> None:
+    with attached(program, lab.server), client_socket(lab) as client:
+        descriptors = open_on(program, lab.server)
+        message, passed = descriptors.to_message()
+        again = type(descriptors).from_message(message, [os.dup(fd) for fd in passed])
+        with attach_lanes(descriptors) as lanes:
+            client.sendto(b"first", (server_address(lab), VOTES))
+            assert collect(lanes, 1) == [(0, b"first")]
+            with pytest.raises(BusyError, match="another application"):
+                attach_lanes(again)
+            with pytest.raises(UsageError, match="before"):
+                attach_lanes(descriptors)
+            client.sendto(b"second", (server_address(lab), VOTES))
+            assert collect(lanes, 1) == [(0, b"second")]
+
+
+APPLICATION = """
+import json, os, socket, sys
+from userspace.datagram.descriptors import LaneDescriptors
+from userspace.datagram.lanes import attach_lanes
+with socket.socket(fileno=int(sys.argv[1])) as wire:
+    message, passed, _, _ = socket.recv_fds(wire, 65536, 16)
+    with attach_lanes(LaneDescriptors.from_message(json.loads(message), passed)) as lanes:
+        print("ready", os.getuid(), flush=True)
+        while True:
+            with lanes.receive(timeout=10) as batch:
+                if not batch:
+                    break
+                lanes.send_back(batch)
+"""
+
+
+def start_application(descriptors: Any) -> subprocess.Popen[str]:
+    """In another process, as nobody, without any capability."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        child = subprocess.Popen(
+            [sys.executable, "-c", APPLICATION, str(theirs.fileno())],
+            stdout=subprocess.PIPE, text=True, pass_fds=[theirs.fileno()], user=NOBODY, group=NOBODY,
+            extra_groups=[], env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        message, passed = descriptors.to_message()
+        socket.send_fds(ours, [json.dumps(message).encode()], passed)
+    assert child.stdout is not None
+    assert child.stdout.readline() == f"ready {NOBODY}\n"
+    return child
+
+
+def test_another_process_without_privileges(lab: Lab, program: SteerProgram) -> None:
+    """It gets descriptors and needs nothing else; killed, it leaves a queue that can be opened anew."""
+    with attached(program, lab.server), client_socket(lab) as client:
+        for _ in range(2):
+            with open_on(program, lab.server) as descriptors:
+                child = start_application(descriptors)
+                try:
+                    for index in range(100):
+                        client.sendto(b"%d" % index, (server_address(lab), VOTES))
+                        assert client.recv(100) == b"%d" % index
+                finally:
+                    child.kill()
+                    child.wait(SECONDS)
+                    if child.stdout is not None:
+                        child.stdout.close()
+
+
+def test_signals_are_handled_while_waiting(lab: Lab, program: SteerProgram) -> None:
+    seen: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: seen.append(number))
+    try:
+        with lanes_on(program, lab) as lanes, client_socket(lab) as client:
+
+            def disturb() -> None:
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+                until(lambda: seen, "the handler to run")
+                client.sendto(b"after the signal", (server_address(lab), VOTES))
+
+            thread = threading.Timer(0.05, disturb)
+            thread.start()
+            with lanes.receive() as batch:
+                assert [bytes(view) for view in batch] == [b"after the signal"]
+            thread.join()
+
+            class InterruptedHereError(Exception):
+                pass
+
+            def interrupt(number: int, frame: object) -> None:
+                raise InterruptedHereError
+
+            signal.signal(signal.SIGUSR1, interrupt)
+            thread = threading.Timer(
+                0.05, lambda: signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+            )
+            thread.start()
+            with pytest.raises(InterruptedHereError):
+                lanes.receive()
+            thread.join()
+            assert sum(lanes.frames()[0].application) == 0
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def run_limited(lab: Lab, prefix: list[str], limit: int) -> str:
+    """Try to open queues with less than root has; what is said."""
+    code = (
+        "import sys, resource\n"
+        f"resource.setrlimit(resource.RLIMIT_MEMLOCK, ({limit}, {limit}))\n"
+        "from userspace.datagram.descriptors import LaneSpec\n"
+        "from userspace.datagram.xsk import open_queues\n"
+        "from xdp.errors import SluiceError\n"
+        "try:\n"
+        f"    open_queues({lab.server.interface!r}, [LaneSpec(number=0, name='votes')], mode='native-copy')\n"
+        "except SluiceError as error:\n"
+        "    print(type(error).__name__, error, '|', error.hint)\n"
+        "else:\n"
+        "    print('opened')\n"
+    )
+    done = lab.server.run(
+        [*prefix, sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return str(done.stdout)
+
+
+def test_without_privileges(lab: Lab) -> None:
+    said = run_limited(lab, ["setpriv", f"--reuid={NOBODY}", "--clear-groups"], 65536)
+    assert said.startswith("PermissionsError srv0 queue 0: making an AF_XDP socket: not permitted")
+    assert "CAP_NET_RAW" in said
+
+
+def test_out_of_locked_memory(lab: Lab) -> None:
+    prefix = ["setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock"]
+    said = run_limited(lab, prefix, 65536)
+    assert said.startswith("UnsupportedError srv0 queue 0: registering the UMEM")
+    assert "ulimit -l" in said
+
+
+def test_wrong_openings(lab: Lab) -> None:
+    lane = [LaneSpec(number=0, name="votes")]
+    with lab.server.enter():
+        with pytest.raises(UnsupportedError, match="no zero-copy"):
+            open_queues(lab.server.interface, lane, mode="native-zero-copy")
+        with pytest.raises(UsageError, match="no mode"):
+            open_queues(lab.server.interface, lane, mode="mmsg")
+        with pytest.raises(UsageError, match="no interface"):
+            open_queues("nonesuch", lane, mode="native-copy")
+        with pytest.raises(UsageError, match="0 lanes"):
+            open_queues(lab.server.interface, SPECS[:0], mode="native-copy")
+
+
+def test_batch_sizes(lab: Lab, program: SteerProgram) -> None:
+    with lanes_on(program, lab) as lanes, client_socket(lab) as client:
+        for maximum in (0, -1, 65537):
+            with pytest.raises(UsageError, match="1 to 65536"):
+                lanes.receive(maximum, 0)
+        for _ in range(1000):
+            client.sendto(b"x", (server_address(lab), BULK))
+        until(lambda: lanes.statistics().lane("bulk").waiting == 1000, "1000 packets")
+        for maximum in (1, 256, 300, 65536):
+            with lanes.receive(maximum, 0) as batch:
+                assert len(batch) == min(maximum, 1000 - 557)
+                assert len(batch.lengths) == len(batch)
