@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import os
 import socket
 import time
 from dataclasses import dataclass, field
@@ -215,9 +216,15 @@ def _ask_neighbour(ip: Any, ifindex: int, interface: str, host: Address) -> None
 
     try:
         ip.neigh("replace", dst=str(host), ifindex=ifindex, state="none", flags=_NTF_USE)
-    except NetlinkError as error:
-        if error.code not in {errno.EPERM, errno.EACCES}:
-            raise _no_way(host, interface, str(error)) from error
+    except (NetlinkError, OSError) as error:
+        code = error.code if isinstance(error, NetlinkError) else error.errno
+        if code == errno.ENOBUFS:
+            raise UnsupportedError(
+                f"no way to {host} through {interface}: the kernel's neighbour table is full",
+                hint="raise sysctl net.ipv4.neigh.default.gc_thresh3 (net.ipv6 likewise)",
+            ) from error
+        if code not in {errno.EPERM, errno.EACCES}:
+            raise _no_way(host, interface, os.strerror(code or 0)) from error
         family = socket.AF_INET if host.version == 4 else socket.AF_INET6
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             try:
