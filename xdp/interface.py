@@ -35,6 +35,12 @@ class Setting:
     write: Callable[[str, str], None]
 
 
+def _check_name(interface: str) -> None:
+    """Raises `UsageError` for what no interface can be called (dev_valid_name, net/core/dev.c)."""
+    if not 1 <= len(interface.encode()) <= 15 or "/" in interface or interface in {".", ".."}:
+        raise UsageError(f"{interface!r} is no name for an interface")
+
+
 @contextmanager
 def _explained(interface: str, key: str) -> Iterator[None]:
     """Turn what the kernel says into our errors."""
@@ -79,8 +85,7 @@ def _sysfs() -> Iterator[int]:
 
 
 def _sysfs_access(interface: str, name: str, value: str | None) -> str:
-    if not interface or "/" in interface or interface in {".", ".."}:
-        raise UsageError(f"{interface!r} is no name for an interface")
+    _check_name(interface)
     with _explained(interface, name), _sysfs() as root:
         flags = os.O_RDONLY if value is None else os.O_WRONLY
         descriptor = os.open(f"class/net/{interface}/{name}", flags | os.O_CLOEXEC, dir_fd=root)
@@ -102,14 +107,17 @@ def _timer(name: str) -> Setting:
 
 @contextmanager
 def _ethtool(interface: str, key: str) -> Iterator[object]:
-    from pyroute2.ethtool.ioctl import IoctlEthtool, NotSupportedError
+    from pyroute2.ethtool.ioctl import IoctlEthtool, NoSuchDevice, NotSupportedError
 
+    _check_name(interface)
     with _explained(interface, key):
         try:
             with closing(IoctlEthtool(interface)) as opened:
                 yield opened
         except NotSupportedError as error:
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP)) from error
+        except NoSuchDevice as error:
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV)) from error
 
 
 def _offload(key: str, flag: str) -> Setting:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -163,7 +164,7 @@ class TestPolicyDocuments:
     @settings(max_examples=100)
     @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5),
                         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-                            st.sampled_from(["lane", "class", "service", "name", "version", "x"]), inner, max_size=3),
+                            st.sampled_from(["lane", "class", "service", "name", "x"]), inner, max_size=3),
                         max_leaves=8))  # fmt: skip
     def test_any_json(self, value: object) -> None:
         with pytest.raises(UsageError):
@@ -338,7 +339,8 @@ class TestAttaching:
             document = messages.make_document(description)
             say(sock, {"type": "lanes", "count": 2}, [document])
             os.close(document)
-            say(sock, {"type": "part"}, [0, 1])
+            with contextlib.suppress(BrokenPipeError):  # the application may have had enough
+                say(sock, {"type": "part"}, [0, 1])
 
         before = descriptors()
         with self.talk(serve, behave) as owner, pytest.raises((ProtocolError, UsageError, OwnerGoneError)):
