@@ -183,7 +183,8 @@ def _attach_error(code: int, ifindex: int, mode: AttachMode) -> SluiceError:
             f"{name} already carries {who}",
             hint="take it off first (`ip link set dev NAME xdp off`, or stop its owner), or say --replace",
         )
-    if code in (errno.EOPNOTSUPP, errno.EINVAL) and mode == "native":
+    # ERANGE: the MTU does not fit into a page; ENOSPC: too few queues (both veth's words).
+    if code in (errno.EOPNOTSUPP, errno.EINVAL, errno.ERANGE, errno.ENOSPC) and mode == "native":
         return UnsupportedError.from_errno(
             f"the driver of {name} does not take a native XDP program",
             code,
