@@ -180,7 +180,7 @@ def test_a_failed_load_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch) -> N
 def test_text_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     source = bpf.source
     monkeypatch.setattr(
-        compiling.bpf,
+        bpf,
         "source",
         lambda name: source(name).replace("int action = XDP_PASS, reason;", "int action;"),
     )
