@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -142,10 +143,18 @@ def collect(lanes: XskLanes, count: int) -> list[tuple[int, bytes]]:
     found: list[tuple[int, bytes]] = []
     while len(found) < count:
         with lanes.receive(timeout=SECONDS) as batch:
-            assert batch, f"{len(found)} of {count} came"
+            assert batch, f"{len(found)} of {count} came; {lanes.statistics()}"
             found += zip(batch.lanes, map(bytes, batch), strict=True)
     assert len(found) == count
     return found
+
+
+def quiet(loop: select.epoll, lanes: XskLanes) -> bool:
+    """Whether nothing is left to say; what was (a link that came up, say) has been taken."""
+    if not loop.poll(0):
+        return True
+    lanes.try_receive().release()
+    return False
 
 
 def open_files() -> set[str]:

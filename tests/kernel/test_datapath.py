@@ -355,7 +355,7 @@ def test_ladder(lab: Lab, mode: str) -> None:
         sent = [b"small", b"fragments" * 500]
         for payload in sent:
             client.sendto(payload, (server_address(lab), BULK))
-        found = []
+        found: list[bytes] = []
         while len(found) < 2:
             with lanes.receive(timeout=SECONDS) as batch:
                 assert batch

@@ -12,7 +12,6 @@ import os
 import threading
 import time
 import warnings
-from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -23,10 +22,12 @@ from typing_extensions import Buffer
 from userspace.datagram.batch import Abandoned, Batch
 from userspace.datagram.companion import Companion
 from userspace.datagram.descriptors import LaneDescriptors, LaneSpec, Mode, QueueDescriptors
-from userspace.datagram.destination import Destination, Endpoint, resolve_destination
+from userspace.datagram.destination import Destination, Endpoint
+from userspace.datagram.xsk_queues import failure, map_queue, watch_queues
+from userspace.datagram.xsk_send import Sender
 from userspace.datagram.xsk_statistics import Frames, QueueStatistics, XskStatistics, read_frames, read_queue
 from userspace.native._native import ffi, lib
-from xdp.errors import BusyError, InterfaceGoneError, SluiceError, UnsupportedError, UsageError
+from xdp.errors import UsageError
 
 if TYPE_CHECKING:
     from userspace.native._native import CData
@@ -35,77 +36,9 @@ if TYPE_CHECKING:
 #: beside them (2 µs over 256 packets), few enough that their headers stay in the first-level cache.
 DEFAULT_BATCH = 256
 
-#: Seconds for which headers of a destination are used before the kernel is asked again.
-RESOLVED_FOR = 5.0
-
 #: Receive calls between two looks at the companion sockets while the queues never run dry; a look
 #: costs about a microsecond, so this keeps it below a hundredth of the time of 256-packet batches.
 COMPANION_TURN = 32
-
-_ONE_SHARE = 65536  # struct sl_lane_config counts shares in 1/65536
-
-_GONE_HINT = "open the lanes again when it is back"
-
-
-def _open_queue(descriptors: LaneDescriptors, queue: QueueDescriptors) -> CData:
-    """Map one queue; its descriptors are taken over when that works."""
-    geometry = descriptors.geometry
-    config = ffi.new("struct sl_queue_config *")
-    config.umem_fd = queue.umem
-    config.frame_size = geometry.frame_size
-    config.fill_frames = geometry.fill_frames
-    config.transmit_frames = geometry.transmit_frames
-    config.fill_ring = geometry.fill_ring
-    config.completion_ring = geometry.completion_ring
-    config.transmit_ring = geometry.transmit_ring
-    config.cookie = descriptors.cookie
-    config.lanes = len(descriptors.lanes)
-    for index, lane in enumerate(descriptors.lanes):
-        config.lane[index].fd = queue.sockets[index]
-        config.lane[index].ring = lane.ring
-        config.lane[index].quota = lane.quota
-        config.lane[index].number = lane.number
-        config.lane[index].share = int(lane.share * _ONE_SHARE)
-    error = ffi.new("struct sl_error *")
-    opened = lib.sl_queue_open(config, error)
-    if opened == ffi.NULL:
-        raise _open_error(f"{descriptors.interface} queue {queue.queue}", error)
-    return opened
-
-
-def _open_error(what: str, error: CData) -> SluiceError:
-    step = ffi.string(error.step).decode()
-    if error.code == errno.EBUSY:
-        return BusyError(
-            f"{what}: {step}: another application has used these lanes",
-            hint="ask their owner for new descriptors",
-        )
-    return UnsupportedError(
-        f"{what}: {step}: {os.strerror(error.code)}",
-        hint="owner and application must be the same version of Sluice",
-    )
-
-
-def _shut(queue: CData) -> None:
-    lib.sl_queue_close(queue)
-    lib.sl_queue_free(queue)
-
-
-def _group(queues: Sequence[CData], slot: int) -> CData:
-    """An epoll set over the queues, which it keeps."""
-    kept = tuple(queues)
-    error = ffi.new("struct sl_error *")
-    group = lib.sl_group_new(ffi.new("struct sl_queue *[]", kept), len(kept), slot, error)
-    if group == ffi.NULL:
-        raise UnsupportedError(
-            f"{ffi.string(error.step).decode()}: {os.strerror(error.code)}",
-            hint="raise the limit of open files (`ulimit -n`)",
-        )
-
-    def free(pointer: CData, _kept: tuple[CData, ...] = kept) -> None:
-        lib.sl_group_free(pointer)
-
-    return ffi.gc(group, free)
 
 
 class XskLanes:
@@ -151,12 +84,12 @@ class XskLanes:
         for queue in descriptors.queues:
             copies = [os.dup(fd) for fd in (queue.umem, *queue.sockets)]
             try:
-                opened = _open_queue(descriptors, QueueDescriptors(queue.queue, copies[0], copies[1:]))
+                opened = map_queue(descriptors, QueueDescriptors(queue.queue, copies[0], copies[1:]))
             except BaseException:
                 for fd in copies:
                     os.close(fd)
                 raise
-            self._queues.append(ffi.gc(opened, _shut))
+            self._queues.append(opened)
 
     def _setup(
         self,
@@ -171,7 +104,7 @@ class XskLanes:
         self._descriptors = descriptors
         self._queues = list(queues)
         self._numbers = tuple(queue.queue for queue in numbers)
-        self._group = _group(self._queues, slot)
+        self._group = watch_queues(self._queues, slot)
         self._is_part = slot == 1
         # One without sockets never has anything.
         self._companion = companion if companion is not None and companion.fileno() >= 0 else None
@@ -179,15 +112,14 @@ class XskLanes:
         if self._companion is not None:
             error = lib.sl_group_watch(self._group, self._companion.fileno())
             if error:
-                raise self._error(-error, "watching companion sockets")
+                raise failure(self.interface, -error, "watching companion sockets")
         self._on_close = on_close
         self._closing = threading.Lock()
         self._closed = False
         self._abandoned: deque[Abandoned] = deque()
         self._capacity = DEFAULT_BATCH
         self._spare: list[CData] = []
-        self._resolved: dict[tuple[object, int, int], tuple[float, Destination]] = {}
-        self._bad = ffi.new("uint32_t *")
+        self._sender = Sender(self._queues[0], descriptors.interface)
 
     @property
     def mode(self) -> Mode:
@@ -290,23 +222,8 @@ class XskLanes:
             return Batch(self, memory, result)
         self._spare.append(memory)
         if result < 0:
-            raise self._error(-result, "receiving")
+            raise failure(self.interface, -result, "receiving")
         return Batch(self, None, 0)
-
-    def _error(self, code: int, doing: str) -> Exception:
-        where = f"{doing} on {self.interface}"
-        if code == errno.EBADF:
-            return ValueError("these lanes are closed")
-        if code == errno.ENXIO:
-            return InterfaceGoneError(f"{where}: the interface is gone", hint=_GONE_HINT)
-        if code == errno.EDQUOT:
-            return UsageError(
-                f"{where}: every lane holds all the frames it may, so nothing could ever arrive",
-                hint="release batches before receiving more, or raise the quota in the policy",
-            )
-        return SluiceError.from_errno(
-            where, code, hint="this is a defect; close the lanes and open them again"
-        )
 
     def fileno(self) -> int:
         """An epoll descriptor: readable when ``try_receive`` may have something, or to say.
@@ -332,7 +249,7 @@ class XskLanes:
         """See BatchBackend."""
         error = lib.sl_queue_release(memory)
         if error:
-            raise self._error(-error, "giving back a batch")
+            raise failure(self.interface, -error, "giving back a batch")
         if memory.capacity == self._capacity:
             self._spare.append(memory)
 
@@ -359,36 +276,12 @@ class XskLanes:
 
         Fewer than all when frames or the ring run out: send the rest later.
         ``destination`` is a Destination, or an (address, port) that is resolved as
-        :func:`resolve_destination` does, with ``port`` as the source port.
+        resolve_destination does, with ``port`` as the source port.
 
         Raises UsageError for a payload that does not fit the MTU (nothing is sent
         then), InterfaceGoneError, ValueError when closed.
         """
-        if isinstance(payloads, Batch):
-            if not payloads:
-                return 0
-            memory = payloads.memory
-            return self._send(
-                self._destination(destination, port),
-                memory.data,
-                memory.data_size,
-                memory.offsets,
-                memory.lengths,
-                len(payloads),
-            )
-        try:
-            joined = b"".join(payloads)
-            lengths = array("I", [memoryview(payload).nbytes for payload in payloads])
-        except TypeError:
-            raise UsageError("payloads are a sequence of bytes-like objects") from None
-        return self._send(
-            self._destination(destination, port),
-            ffi.from_buffer("uint8_t[]", joined),
-            len(joined),
-            ffi.NULL,
-            ffi.from_buffer("uint32_t[]", lengths),
-            len(lengths),
-        )
+        return self._sender.send(destination, payloads, port)
 
     def send_columns(
         self,
@@ -404,45 +297,7 @@ class XskLanes:
         ``offsets`` and ``lengths`` are arrays of 32-bit numbers (array("I"), a
         column of a batch) of the same size.
         """
-        starts = ffi.from_buffer("uint32_t[]", offsets)
-        sizes = ffi.from_buffer("uint32_t[]", lengths)
-        if len(starts) != len(sizes):
-            raise UsageError(f"{len(starts)} offsets and {len(sizes)} lengths; they belong together")
-        base = ffi.from_buffer("uint8_t[]", data)
-        return self._send(self._destination(destination, port), base, len(base), starts, sizes, len(starts))
-
-    def _send(
-        self, to: Destination, data: CData, size: int, offsets: CData, lengths: CData, count: int
-    ) -> int:
-        result = lib.sl_queue_send(
-            self._queues[0], to.template, data, size, offsets, lengths, count, self._bad
-        )
-        if result >= 0:
-            return result
-        index = self._bad[0]
-        if result == -errno.EMSGSIZE:
-            raise UsageError(
-                f"payload {index} has {lengths[index]} bytes; {to.payload_maximum} fit the MTU of {to.mtu}",
-                hint="send less at a time; nothing of this call was sent",
-            )
-        if result == -errno.EFAULT:
-            raise UsageError(f"payload {index} is not within the {size} bytes of data")
-        raise self._error(-result, "sending")
-
-    def _destination(self, destination: Destination | Endpoint, port: int | None) -> Destination:
-        if isinstance(destination, Destination):
-            return destination
-        if port is None:
-            raise UsageError("which port to send from is not known", hint="give port=, one of your services'")
-        key = (*destination, port)
-        now = time.monotonic()
-        known = self._resolved.get(key)
-        if known is None or known[0] < now:
-            resolved = resolve_destination(self.interface, *destination, port)
-            if len(self._resolved) >= 4096:  # bounded; the oldest is the first
-                del self._resolved[next(iter(self._resolved))]
-            self._resolved[key] = known = (now + RESOLVED_FOR, resolved)
-        return known[1]
+        return self._sender.send_columns(destination, data, offsets, lengths, port)
 
     def send_back(self, batch: Batch, *, checksum: bool = True) -> int:
         """Send every packet of a batch back to where it came from, in its own frame; the batch is used up.
@@ -457,9 +312,7 @@ class XskLanes:
         """
         backend = batch.backend
         if self._companion is not None and backend is self._companion.lanes:
-            sent = self._companion.lanes.send_back(batch)
-            batch.release()
-            return sent
+            return self._companion.lanes.send_back(batch)
         if not isinstance(backend, XskLanes) or backend._descriptors is not self._descriptors:
             raise UsageError("a batch is sent back through the lanes that it came from")
         memory = batch.surrender()
@@ -468,7 +321,7 @@ class XskLanes:
         sent = lib.sl_queue_echo(memory, checksum)
         if sent < 0:
             lib.sl_queue_release(memory)
-            raise self._error(-sent, "sending back")
+            raise failure(self.interface, -sent, "sending back")
         if memory.capacity == backend._capacity:
             backend._spare.append(memory)
         return sent
