@@ -227,6 +227,12 @@ class Served:
             found += self.receive(len(burst))
         return found
 
+    def exchange_whole(self, frames: Sequence[bytes | Frame], count: int) -> list[Packet]:
+        """Send frames that make up ``count`` datagrams, and receive these."""
+        assert len(frames) <= BURST
+        self.send(frames)
+        return self.receive(count)
+
     def forget(self) -> None:
         """Frames that arrived at the client until now are nobody's answer."""
         while select.select([self.wire.ins], [], [], 0)[0]:
@@ -252,6 +258,20 @@ class Served:
 
 
 @contextlib.contextmanager
+def serving_in(
+    lab: Lab, mode: Literal["native", "generic"] = "native", policy: str = POLICY, **options: Any
+) -> Iterator[Served]:
+    """Lanes open in a lab; at the end every frame is accounted for and every verdict counted."""
+    served = Served(lab, policy, mode, **options)
+    try:
+        yield served
+        assert all(frames.balanced for frames in served.lanes.frames())
+        assert served.counters().balanced
+    finally:
+        served.close()
+
+
+@contextlib.contextmanager
 def serving(
     mode: Literal["native", "generic"] = "native",
     policy: str = POLICY,
@@ -260,15 +280,12 @@ def serving(
     static_neighbours: bool = True,
     **options: Any,
 ) -> Iterator[Served]:
-    """A lab with lanes open; at the end every frame is accounted for and every verdict counted."""
-    with Lab(queues=queues, static_neighbours=static_neighbours) as lab:
-        served = Served(lab, policy, mode, **options)
-        try:
-            yield served
-            assert all(frames.balanced for frames in served.lanes.frames())
-            assert served.counters().balanced
-        finally:
-            served.close()
+    """The same in a lab of its own."""
+    with (
+        Lab(queues=queues, static_neighbours=static_neighbours) as lab,
+        serving_in(lab, mode, policy, **options) as served,
+    ):
+        yield served
 
 
 def payload_of(frame: Frame) -> bytes:
