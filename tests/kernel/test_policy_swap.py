@@ -261,6 +261,24 @@ def test_tables_that_do_not_fit_change_nothing(runs: SteerRuns) -> None:
     assert runs.program.policy_maps.generation == generation
 
 
+def test_two_writers_take_turns(runs: SteerRuns) -> None:
+    """Neither is lost, and what is in force in the end is one of the two, whole."""
+    tables = [compile_policy(turn(even=even)) for even in (True, False)]
+    first = runs.program.policy_maps.generation
+    writers = [
+        threading.Thread(target=lambda mine=mine: [runs.program.swap(mine) for _ in range(20)])
+        for mine in tables
+    ]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert runs.program.policy_maps.generation == first + 40
+    got = runs(frames.udp_frame("198.18.0.1", PORT, b"\x90\x91"))
+    assert got.meta is not None
+    assert got.meta[-4:] in {(1, 1, 1, 1), (2, 2, 2, 2)}
+
+
 def test_waiting_for_packets_on_their_way(runs: SteerRuns) -> None:
     """A grace period takes some time, an immediate return would be none; and it leaves no descriptor."""
     held = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
