@@ -10,7 +10,7 @@ interface, policy = sys.argv[1:]
 counts: Counter[str] = Counter()
 with open_lanes(policy, interface=interface) as lanes:
     print(lanes.status(), flush=True)
-    names = [lane.name for lane in lanes.lanes]
+    names = {lane.number: lane.name for lane in lanes.lanes}
     try:
         while True:
             with lanes.receive() as batch:  # highest lane first; the batch is given back at the end

@@ -257,7 +257,7 @@ static void sockets(int family, uint32_t large, int deliver)
 		held[i] = sl_batch_new(100);
 	for (int round = 0; round < 400; round++) {
 		uint32_t offset[80], length[80], failed[80], n = draw() % 81;
-		struct sl_outgoing out = { payload, offset, length, &to, n, 1 };
+		struct sl_outgoing out = { payload, offset, length, &to, n, 1, NULL };
 		struct sl_send_result result = { 0 };
 		int32_t errors[80];
 		struct sl_batch *b = held[draw() % HELD];

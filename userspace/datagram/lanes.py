@@ -33,6 +33,18 @@ from xdp.policy import Policy
 __all__ = ["Lanes", "attach_lanes", "open_lanes"]
 
 
+class Lane(Protocol):
+    """One lane of some backend, which may say more about it."""
+
+    @property
+    def number(self) -> int:
+        """The policy's, 0 is the highest; what a batch's ``lanes`` column has."""
+
+    @property
+    def name(self) -> str:
+        """The policy's."""
+
+
 @runtime_checkable
 class Lanes(Protocol):
     """What all backends have in common; each says more in its own class."""
@@ -40,6 +52,10 @@ class Lanes(Protocol):
     @property
     def mode(self) -> str:
         """Which rung of the ladder this is."""
+
+    @property
+    def lanes(self) -> Sequence[Lane]:
+        """Highest priority first.  Over AF_XDP without those that end in the kernel."""
 
     def receive(self, maximum: int = 256, timeout: float | None = None) -> Batch:
         """At most ``maximum`` packets, waiting up to ``timeout`` seconds for the first."""
@@ -56,9 +72,18 @@ class Lanes(Protocol):
         """Send each payload as one datagram from service port ``port``; how many were accepted."""
 
     def send_back(self, batch: Batch) -> int:
-        """Send every payload to where it came from; how many were accepted.
+        """Send every payload to where it came from, as it is now; how many were accepted.
 
-        Over AF_XDP this uses the batch up, elsewhere it stays held: leave it in its ``with``.
+        Each leaves from the port at which it arrived, by the way it came: through the
+        kernel socket when it came through one.  The batch is used up, whatever becomes of
+        its packets: as after ``release``, so its views and columns raise ValueError (and
+        the end of its ``with`` does nothing).  Payloads keep their length.
+
+        Nothing is sent and the batch stays held when the call is refused: UsageError
+        (not received through these lanes), BufferError (a slice of a view or an array
+        on top of it is still in use), ValueError (the batch was given back before).
+
+        Used up all the same, with InterfaceGoneError or ValueError (lanes closed).
         """
 
     def status(self) -> dict[str, object]:

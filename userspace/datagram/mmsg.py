@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import errno
 import math
-import os
-import socket
 import time
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from ipaddress import IPv4Address, IPv6Address
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -28,16 +26,20 @@ from typing_extensions import Buffer
 from userspace.datagram.batch import Abandoned, Batch
 from userspace.datagram.classifier import DatagramClassifier
 from userspace.datagram.descriptors import Refusal
+from userspace.datagram.plain_send import FATAL, gone
 from userspace.datagram.socket_statistics import LaneStatistics, SendFailure, SocketStatistics
 from userspace.datagram.sockets import (
     ServiceSocket,
     SocketAddress,
+    SocketLane,
     open_service_sockets,
     socket_drops,
+    socket_lanes,
+    socket_of,
     socket_ports,
 )
 from userspace.native._native import ffi, lib
-from xdp.errors import InterfaceGoneError, SluiceError, UsageError
+from xdp.errors import SluiceError, UsageError
 from xdp.policy import Policy
 
 if TYPE_CHECKING:
@@ -93,7 +95,7 @@ class MmsgLanes:
         self._out: CData = ffi.new("struct sl_outgoing *")
         self._result: CData = ffi.new("struct sl_send_result *")
         self._room = 0
-        self._failed: tuple[CData, CData] = (ffi.NULL, ffi.NULL)
+        self._failed: tuple[CData, CData, CData] = (ffi.NULL, ffi.NULL, ffi.NULL)
         #: of the last send call
         self.failures: tuple[SendFailure, ...] = ()
         self._sockets = list(open_service_sockets(socket_ports(policy)) if sockets is None else sockets)
@@ -104,13 +106,15 @@ class MmsgLanes:
             )
         try:
             self._classifier = DatagramClassifier(policy)
+            #: highest priority first; ``number`` is what a batch's ``lanes`` column says
+            self.lanes: tuple[SocketLane, ...] = socket_lanes(policy, quota)
             options = ffi.new("struct sl_mmsg_options *")
             options.frame_size = policy.rings.frame_size if frame_size is None else frame_size
             options.large_frames = large_frames
             options.drain = DRAIN if drain is None else drain
-            for number, lane in enumerate(policy.lanes):
-                options.quota[number] = lane.quota if quota is None else quota
-                options.share[number] = int(lane.share * lib.SL_MMSG_SHARE_ONE)
+            for lane in self.lanes:
+                options.quota[lane.number] = lane.quota
+                options.share[lane.number] = int(lane.share * lib.SL_MMSG_SHARE_ONE)
             self._budget = budget
             self._open(options)
         except BaseException:
@@ -143,7 +147,7 @@ class MmsgLanes:
         Waits ``timeout`` seconds for the first one (None: for ever) and returns an
         empty batch when there was none.  Signal handlers run while it waits.
         Raises UsageError, ValueError when closed, InterfaceGoneError when a socket
-        is no longer usable.
+        is no longer usable (noticed within half a second, also while it waits).
         """
         if not 0 < maximum <= lib.SL_BATCH_MAX:
             raise UsageError(f"receive({maximum}): maximum is 1 to {lib.SL_BATCH_MAX}")
@@ -165,10 +169,7 @@ class MmsgLanes:
                 break
             if count not in {-errno.EINTR, -errno.EAGAIN}:
                 self._spare.append(memory)
-                raise InterfaceGoneError(
-                    f"a kernel socket can't be read any more: {os.strerror(-count)}",
-                    hint="it was closed elsewhere; open the lanes again",
-                )
+                raise gone("read", -count)
             # A handler has run by now, or may run here; whoever wants out has raised.
             if timeout is not None:
                 milliseconds = _milliseconds(deadline - time.monotonic())
@@ -234,7 +235,11 @@ class MmsgLanes:
         From the socket of service port ``port``, the first one by default.  One that
         the kernel refuses (too long, no route) is skipped and the rest goes out;
         ``failures`` then tells which ones and why.  Waits at most ``timeout`` seconds
-        in all for room in buffers.  Payloads of a Batch are sent from where they lie.
+        in all for room in buffers; signal handlers run meanwhile, and when one raises
+        the rest has failed with EINTR.  Payloads of a Batch are sent from where they lie.
+
+        Raises UsageError, ValueError when closed, InterfaceGoneError when the socket
+        was closed elsewhere.
         """
         to = self._destination(destination)
         out = self._out
@@ -260,61 +265,84 @@ class MmsgLanes:
         return self._send(out, port, timeout)
 
     def send_back(self, batch: Batch, *, timeout: float = SEND_TIMEOUT) -> int:
-        """Send every payload of a batch to where it came from, without a copy; the batch stays held.
+        """Send every payload of a batch to where it came from; the batch is used up.
 
-        All of a batch leave from the first socket unless there is only one port.
+        Without a copy, and each from the socket (service port) by which it came, one
+        socket after the other.  A socket that can't be written to keeps nothing from
+        the others; otherwise as :meth:`send`.
+
+        Raises what Lanes.send_back raises.
         """
-        if not batch:
+        if batch.backend is not self:
+            raise UsageError("a batch is sent back through the lanes that it came from")
+        memory = batch.surrender()
+        self.failures = ()
+        if memory is None:
             return 0
-        memory = batch.memory
-        out = self._out
-        out.base, out.offset, out.length = memory.data, memory.offsets, memory.lengths
-        out.destination = memory.sources
-        out.destinations = out.count = len(batch)
-        return self._send(out, None, timeout)
+        try:
+            count: int = memory.count
+            self._make_room(count)
+            return self._run(
+                lib.sl_mmsg_send_back,
+                (self._native, memory, self._failed[2]),
+                count,
+                self._failed[2],
+                timeout,
+            )
+        finally:
+            self.take_back(memory)
 
     def _send(self, out: CData, port: int | None, timeout: float) -> int:
+        sock = socket_of(self._sockets, port)
+        count: int = out.count
+        self._make_room(count)
+        return self._run(lib.sl_mmsg_send, (sock.fileno(), out), count, None, timeout)
+
+    def _make_room(self, count: int) -> None:
         if self._closed:
             raise ValueError("these lanes are closed")
-        sock = self._socket_of(port)
-        count: int = out.count
         if count > self._room:
             self._room = count
-            self._failed = ffi.new("uint32_t[]", count), ffi.new("int32_t[]", count)
-        index, errors = self._failed
+            self._failed = tuple(ffi.new(f"{kind}[]", count) for kind in ("uint32_t", "int32_t", "uint32_t"))
+
+    def _run(
+        self,
+        call: Callable[..., None],
+        arguments: tuple[object, ...],
+        count: int,
+        order: CData | None,
+        timeout: float,
+    ) -> int:
+        """Until all are sent or have failed; ``order`` says which payload is the i-th that is sent."""
+        index, errors, _ = self._failed
         result = self._result
         result.sent = result.failed = result.next = result.asynchronous = 0
+        result.stopped = errno.EINTR
         deadline = time.monotonic() + timeout
         milliseconds = _milliseconds(timeout)
-        while True:
-            lib.sl_mmsg_send(sock.fileno(), out, milliseconds, index, errors, result)
-            if result.stopped != errno.EINTR:
-                break
-            milliseconds = _milliseconds(deadline - time.monotonic())
-        sent: int = result.sent
-        self._sent += sent
-        self._asynchronous += result.asynchronous
-        self.failures = ()
-        if sent == count:
-            return sent
-        failures = [SendFailure(index[i], errors[i]) for i in range(result.failed)]
-        failures += [SendFailure(i, result.stopped) for i in range(result.next, count)]
-        self.failures = tuple(failures)
-        self._send_failed += len(failures)
-        if result.stopped in {errno.EBADF, errno.ENOTSOCK}:
-            raise InterfaceGoneError(
-                f"a kernel socket can't be written any more: {os.strerror(result.stopped)}",
-                hint="it was closed elsewhere; open the lanes again",
-            )
+        try:
+            while True:
+                call(*arguments, milliseconds, index, errors, result)
+                if result.stopped != errno.EINTR:
+                    break
+                # A handler has run by now, or may run here.
+                milliseconds = _milliseconds(deadline - time.monotonic())
+        finally:
+            sent: int = result.sent
+            self._sent += sent
+            self._asynchronous += result.asynchronous
+            self.failures = ()
+            if sent < count:
+                failures = [SendFailure(index[i], errors[i]) for i in range(result.failed)]
+                rest = range(result.next, count)
+                failures += [SendFailure(i if order is None else order[i], result.stopped) for i in rest]
+                self.failures = tuple(sorted(failures, key=lambda failure: failure.index))
+                self._send_failed += len(failures)
+        if sent < count:
+            for failure in self.failures:
+                if failure.errno in FATAL:
+                    raise gone("written", failure.errno)
         return sent
-
-    def _socket_of(self, port: int | None) -> socket.socket:
-        if port is None:
-            return self._sockets[0].socket
-        for service in self._sockets:
-            if service.port == port:
-                return service.socket
-        raise UsageError(f"no socket on port {port}", hint=f"ports are {[p for p, _ in self._sockets]}")
 
     def _destination(self, destination: tuple[Address | str, int]) -> CData:
         known = self._destinations.get(destination)

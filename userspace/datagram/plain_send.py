@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import select
 import socket
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from userspace.datagram.socket_statistics import SendFailure
 from userspace.datagram.sockets import SocketAddress
@@ -17,43 +20,69 @@ from xdp.errors import InterfaceGoneError
 #: Errors of the socket itself, as against those of one datagram.
 FATAL = frozenset((errno.EBADF, errno.ENOTSOCK))
 
+#: Index in the call, payload, where to.
+Datagram: TypeAlias = tuple[int, memoryview, SocketAddress]
+
 # Errors that ICMP may have left on the socket about an earlier datagram; the next call gets them.
+# As may_be_asynchronous in native/mmsg_send.c.
 _MAYBE_EARLIER = frozenset(
     (
         errno.ECONNREFUSED,
         errno.EHOSTUNREACH,
         errno.ENETUNREACH,
         errno.ENOPROTOOPT,
+        errno.EHOSTDOWN,
+        errno.EPROTO,
         errno.EMSGSIZE,
         errno.EACCES,
+        errno.EOPNOTSUPP,
     )
 )
 # Seconds; a full device queue (ENOBUFS) has no event to wait for, so it is asked again this often.
 _RETRY = 0.001
 
 
-def send_plain(
-    sock: socket.socket, datagrams: Sequence[tuple[memoryview, SocketAddress]], timeout: float
-) -> tuple[list[SendFailure], int]:
-    """What was not sent and why, and how many errors of earlier datagrams were met.
+def gone(done: str, error: int) -> InterfaceGoneError:
+    """A socket can't be ``done`` ("read", "written") any more."""
+    return InterfaceGoneError(
+        f"a kernel socket can't be {done} any more: {os.strerror(error)}",
+        hint="it was closed elsewhere; open the lanes again",
+    )
 
-    A datagram that the kernel refuses is skipped.  Waits at most ``timeout``
-    seconds in all for room.  Raises InterfaceGoneError when the socket is closed.
+
+@dataclass(slots=True)
+class Outcome:
+    """What has become of the datagrams so far; also true when a signal handler raised in between."""
+
+    sent: int = 0
+    asynchronous: int = 0  # errors of earlier datagrams, met on the way
+    unsent: dict[int, int] = field(default_factory=dict)  # index in the call: errno
+
+    @property
+    def failures(self) -> tuple[SendFailure, ...]:
+        """By index."""
+        return tuple(SendFailure(index, error) for index, error in sorted(self.unsent.items()))
+
+
+def send_plain(
+    groups: Sequence[tuple[socket.socket, list[Datagram]]], timeout: float, outcome: Outcome
+) -> None:
+    """Send through each socket what is to leave from there, and note what became of it.
+
+    A datagram that the kernel refuses is skipped.  Waits for room ``timeout`` seconds
+    in all; what comes after is still tried, once.
     """
     deadline = time.monotonic() + timeout
-    failures: list[SendFailure] = []
-    asynchronous = 0
-    for index, (payload, to) in enumerate(datagrams):
-        error, earlier = _send_one(sock, payload, to, deadline)
-        asynchronous += earlier
-        if error in FATAL:
-            raise InterfaceGoneError(
-                f"a kernel socket can't be written any more: {os.strerror(error)}",
-                hint="it was closed elsewhere; open the lanes again",
-            )
-        if error:
-            failures.append(SendFailure(index, error))
-    return failures, asynchronous
+    outcome.unsent = {index: errno.EINTR for _, datagrams in groups for index, _, _ in datagrams}
+    for sock, datagrams in groups:
+        for index, payload, to in datagrams:
+            error, earlier = _send_one(sock, payload, to, deadline)
+            outcome.asynchronous += earlier
+            if error:
+                outcome.unsent[index] = error
+            else:
+                del outcome.unsent[index]
+                outcome.sent += 1
 
 
 def _send_one(
@@ -68,10 +97,12 @@ def _send_one(
             left = deadline - time.monotonic()
             if left <= 0:
                 return error.errno or errno.EAGAIN, retried
-            select.select([], [sock], [], left)
+            writable = select.poll()
+            writable.register(sock, select.POLLOUT)
+            writable.poll(math.ceil(left * 1000))
         except OSError as error:
             if error.errno == errno.ENOBUFS and time.monotonic() < deadline:
-                select.select([], [], [], _RETRY)
+                time.sleep(_RETRY)
             elif error.errno in _MAYBE_EARLIER and not retried:
                 retried = 1
             else:

@@ -9,36 +9,42 @@ highest first with a share for all, the same counters, which add up.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import select
 import socket
 import time
 from array import array
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Address, IPv6Address
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Self
 
 from typing_extensions import Buffer
 
 from userspace.datagram.batch import Abandoned, Batch
 from userspace.datagram.descriptors import Refusal
-from userspace.datagram.plain_send import FATAL, send_plain
+from userspace.datagram.plain_send import FATAL, Datagram, Outcome, gone, send_plain
+from userspace.datagram.portable_queue import LaneQueue, Received, share_out
 from userspace.datagram.socket_statistics import LaneStatistics, SendFailure, SocketStatistics
 from userspace.datagram.sockets import (
     ServiceSocket,
     SocketAddress,
+    SocketLane,
     open_service_sockets,
     pack_name,
+    socket_cookie,
     socket_drops,
+    socket_lanes,
+    socket_of,
     socket_ports,
 )
 from userspace.native._native import ffi, lib
 from xdp.abi import REASONS
-from xdp.classify import Classifier, Verdict
-from xdp.errors import InterfaceGoneError, UsageError
+from xdp.classify import Classifier
+from xdp.errors import UsageError
 from xdp.policy import Policy
 
 if TYPE_CHECKING:
@@ -50,29 +56,8 @@ _LARGE = 65536  # bytes of a large frame: any UDP payload
 _BURST = 64  # datagrams read from one socket before the next one's turn
 _MAXIMUM = 65536  # of one batch
 _MIXED_NS = 1_000_000_000  # traffic counts as mixed for so long after lanes last alternated
+_CHECK = 0.5  # seconds between two looks at whether all sockets are still there
 _DELIVERED = frozenset(("steer", "steer_demoted", "pass_lane", "pass_demoted"))
-
-
-class _Received(NamedTuple):
-    """A queued datagram and its frame."""
-
-    frame: int
-    length: int
-    verdict: Verdict
-    source: bytes  # struct sl_source
-    time_ns: int
-
-
-class _Lane:
-    """Queue and frames of one lane."""
-
-    __slots__ = ("credit", "delivered", "dropped", "large", "queue", "small")
-
-    def __init__(self) -> None:
-        self.queue: deque[_Received] = deque()
-        self.small = self.large = 0  # frames queued and held
-        self.credit = 0.0
-        self.delivered = self.dropped = 0
 
 
 class PortableLanes:
@@ -97,7 +82,10 @@ class PortableLanes:
         self._epoll: select.epoll | None = None
         self._event = -1
         self._frame_size = policy.rings.frame_size if frame_size is None else frame_size
-        self._quota = [lane.quota if quota is None else quota for lane in policy.lanes]
+        #: highest priority first; ``number`` is what a batch's ``lanes`` column says
+        self.lanes: tuple[SocketLane, ...] = socket_lanes(policy, quota)
+        self._quota = [lane.quota for lane in self.lanes]
+        self._shares = [lane.share for lane in self.lanes]
         self._large_quota = large_frames
         self._small_frames = sum(self._quota)
         large = large_frames * len(policy.lanes)
@@ -117,7 +105,7 @@ class PortableLanes:
         self._scratch_view = memoryview(self._scratch)
         self._free_small = list(range(self._small_frames))
         self._free_large = list(range(self._small_frames, self._small_frames + large))
-        self._lanes = [_Lane() for _ in policy.lanes]
+        self._lanes = [LaneQueue() for _ in policy.lanes]
         self._held: dict[int, int] = {}  # frame -> lane
         self._abandoned: list[Abandoned] = []
         self._spare: list[CData] = []
@@ -135,7 +123,9 @@ class PortableLanes:
                 "the policy has no port for an application",
                 hint="add a service with a rule whose lane ends in a socket",
             )
-        self._by_descriptor = {service.socket.fileno(): service for service in self._sockets}
+        self._by_descriptor = {sock.fileno(): i for i, (_, sock) in enumerate(self._sockets)}
+        self._cookies = [socket_cookie(sock) for _, sock in self._sockets]
+        self._checked = -_CHECK
         self._epoll = select.epoll()
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll.register(self._event, select.EPOLLIN)
@@ -155,13 +145,28 @@ class PortableLanes:
             self._abandoned.extend(abandoned for abandoned in waiting if not abandoned.reclaim())
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
+            self._check_sockets()
             self._pump(maximum)
             if any(lane.queue for lane in self._lanes):
                 return self._hand_out(maximum)
-            left = -1.0 if deadline is None else deadline - time.monotonic()
-            if deadline is not None and left <= 0:
+            left = _CHECK if deadline is None else min(deadline - time.monotonic(), _CHECK)
+            if left <= 0:
                 return Batch(self, None, 0)
             epoll.poll(left)
+
+    def _check_sockets(self) -> None:
+        """Notice descriptors that were closed elsewhere, or are other sockets now: epoll does not say."""
+        now = time.monotonic()
+        if now - self._checked < _CHECK:
+            return
+        for (_, sock), cookie in zip(self._sockets, self._cookies, strict=True):
+            try:
+                same = socket_cookie(sock) == cookie
+            except OSError:
+                same = False
+            if not same:
+                raise gone("read", errno.EBADF)
+        self._checked = now
 
     def try_receive(self, maximum: int = 256) -> Batch:
         """What is there now, without waiting."""
@@ -203,7 +208,8 @@ class PortableLanes:
             ready = still
         return total
 
-    def _read_burst(self, service: ServiceSocket, want: int) -> int:
+    def _read_burst(self, number: int, want: int) -> int:
+        service = self._sockets[number]
         for count in range(want):
             try:
                 length, name = service.socket.recvfrom_into(self._scratch)
@@ -211,17 +217,15 @@ class PortableLanes:
                 return count
             except OSError as error:
                 if error.errno in FATAL:
-                    raise InterfaceGoneError(
-                        f"a kernel socket can't be read any more: {error.strerror}",
-                        hint="it was closed elsewhere; open the lanes again",
-                    ) from error
+                    raise gone("read", errno.EBADF) from error
                 self._counts["errors"] += 1
                 continue
             self._counts["received"] += 1
-            self._take(service, length, name, time.monotonic_ns())
+            self._take(number, length, name, time.monotonic_ns())
         return want
 
-    def _take(self, service: ServiceSocket, length: int, name: tuple[str, int], now_ns: int) -> None:
+    def _take(self, number: int, length: int, name: tuple[str, int], now_ns: int) -> None:
+        service = self._sockets[number]
         small = length <= self._frame_size
         if not small and not self._large_quota:
             self._counts["truncated"] += 1
@@ -254,31 +258,16 @@ class PortableLanes:
             return
         offset = self._offset(frame)
         self._view[offset : offset + length] = payload
-        lane.queue.append(_Received(frame, length, verdict, pack_name(name), now_ns))
+        lane.queue.append(Received(frame, length, verdict, pack_name(name), number, now_ns))
 
     def _offset(self, frame: int) -> int:
         if frame < self._small_frames:
             return frame * self._frame_size
         return self._small_frames * self._frame_size + (frame - self._small_frames) * _LARGE
 
-    def _shares(self, maximum: int) -> list[int]:
-        """How many of each lane go into a batch: each lane's share first, then from the top."""
-        left = maximum
-        counts: list[int] = []
-        for lane, entry in zip(self._lanes, self.policy.lanes, strict=True):
-            lane.credit += entry.share * maximum if lane.queue else 0
-            counts.append(min(int(lane.credit), len(lane.queue), left))
-            lane.credit -= counts[-1]
-            left -= counts[-1]
-        for number, lane in enumerate(self._lanes):
-            more = min(len(lane.queue) - counts[number], left)
-            counts[number] += more
-            left -= more
-        return counts
-
     def _hand_out(self, maximum: int) -> Batch:
-        taken: list[_Received] = []
-        for number, count in enumerate(self._shares(maximum)):
+        taken: list[Received] = []
+        for number, count in enumerate(share_out(self._lanes, self._shares, maximum)):
             lane = self._lanes[number]
             taken.extend(lane.queue.popleft() for _ in range(count))
             lane.delivered += count
@@ -298,6 +287,7 @@ class PortableLanes:
             (memory.lengths, "I", [received.length for received in taken]),
             (memory.times, "Q", [received.time_ns for received in taken]),
             (memory.addresses, "Q", [received.frame for received in taken]),
+            (memory.sizes, "I", [received.service for received in taken]),
             (memory.peers, "I", [verdict.peer for verdict in verdicts]),
             (memory.lanes, "B", [verdict.lane or 0 for verdict in verdicts]),
             (memory.kinds, "B", [verdict.kind for verdict in verdicts]),
@@ -355,38 +345,47 @@ class PortableLanes:
         timeout: float = 1.0,
     ) -> int:
         """As MmsgLanes.send."""
+        self._opened()
+        sock = socket_of(self._sockets, port)
         to = SocketAddress.parse(destination)
         try:
-            views = [memoryview(payload) for payload in payloads]
+            datagrams = [(index, memoryview(payload), to) for index, payload in enumerate(payloads)]
         except TypeError:
             raise UsageError("payloads are a sequence of bytes-like objects") from None
-        return self._send([(view, to) for view in views], port, timeout)
+        return self._send([(sock, datagrams)], timeout)
 
     def send_back(self, batch: Batch, *, timeout: float = 1.0) -> int:
         """As MmsgLanes.send_back."""
-        return self._send(
-            [(view, SocketAddress.parse(batch.source(i))) for i, view in enumerate(batch)], None, timeout
-        )
+        if batch.backend is not self:
+            raise UsageError("a batch is sent back through the lanes that it came from")
+        memory = batch.surrender()
+        self.failures = ()
+        if memory is None:
+            return 0
+        try:
+            self._opened()
+            groups: dict[int, list[Datagram]] = {}  # by socket, in the order in which they first appear
+            for index in range(memory.count):
+                start = memory.offsets[index]
+                payload = self._view[start : start + memory.lengths[index]]
+                to = SocketAddress.unpack(bytes(ffi.buffer(memory.sources + index)))
+                groups.setdefault(memory.sizes[index], []).append((index, payload, to))
+            return self._send([(self._sockets[i].socket, group) for i, group in groups.items()], timeout)
+        finally:
+            self.take_back(memory)
 
-    def _send(
-        self, datagrams: list[tuple[memoryview, SocketAddress]], port: int | None, timeout: float
-    ) -> int:
-        self._opened()
-        failures, asynchronous = send_plain(self._socket_of(port), datagrams, timeout)
-        self.failures = tuple(failures)
-        sent = len(datagrams) - len(failures)
-        self._counts["sent"] += sent
-        self._counts["send_failed"] += len(failures)
-        self._counts["asynchronous"] += asynchronous
-        return sent
-
-    def _socket_of(self, port: int | None) -> socket.socket:
-        if port is None:
-            return self._sockets[0].socket
-        for service in self._sockets:
-            if service.port == port:
-                return service.socket
-        raise UsageError(f"no socket on port {port}", hint=f"ports are {[p for p, _ in self._sockets]}")
+    def _send(self, groups: list[tuple[socket.socket, list[Datagram]]], timeout: float) -> int:
+        outcome = Outcome()
+        try:
+            send_plain(groups, timeout, outcome)
+        finally:
+            self.failures = outcome.failures
+            self._counts["sent"] += outcome.sent
+            self._counts["send_failed"] += len(outcome.unsent)
+            self._counts["asynchronous"] += outcome.asynchronous
+        for error in FATAL.intersection(outcome.unsent.values()):
+            raise gone("written", error)
+        return outcome.sent
 
     # --- the rest
 

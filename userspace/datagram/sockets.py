@@ -31,6 +31,7 @@ RECEIVE_BUFFER = 4 << 20
 # Not in Python 3.11's socket module; values are kernel ABI (asm-generic/socket.h).
 _SO_ATTACH_FILTER = 26
 _SO_MEMINFO = 55
+_SO_COOKIE = 57
 _MEMINFO_DROPS = 8  # index into its array of u32
 
 # Classic BPF (linux/filter.h).  Accept what was sent to this host alone; of what came by
@@ -64,6 +65,15 @@ class ServiceSocket(NamedTuple):
     socket: socket.socket
 
 
+class SocketLane(NamedTuple):
+    """A lane of a kernel-socket backend: the policy's number and name, frames, part of each batch."""
+
+    number: int
+    name: str
+    quota: int
+    share: float
+
+
 class Holder(NamedTuple):
     """Who has a port; ``pid`` is 0 where this user may not see it."""
 
@@ -88,6 +98,24 @@ def socket_ports(policy: Policy) -> tuple[int, ...]:
         for port in service.ports
     }
     return tuple(sorted(ports))
+
+
+def socket_lanes(policy: Policy, quota: int | None = None) -> tuple[SocketLane, ...]:
+    """All lanes of a policy, highest first; ``quota`` for each instead of its own."""
+    return tuple(
+        SocketLane(number, lane.name, lane.quota if quota is None else quota, lane.share)
+        for number, lane in enumerate(policy.lanes)
+    )
+
+
+def socket_of(sockets: Sequence[ServiceSocket], port: int | None) -> socket.socket:
+    """The one of a service port, or the first.  Raises UsageError."""
+    if port is None:
+        return sockets[0].socket
+    for service in sockets:
+        if service.port == port:
+            return service.socket
+    raise UsageError(f"no socket on port {port}", hint=f"ports are {[p for p, _ in sockets]}")
 
 
 def open_service_sockets(
@@ -262,6 +290,11 @@ def socket_drops(sock: socket.socket) -> int:
     return words[_MEMINFO_DROPS]
 
 
+def socket_cookie(sock: socket.socket) -> bytes:
+    """The kernel's own number of a socket; raises OSError when its descriptor is no socket any more."""
+    return sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8)
+
+
 class SocketAddress(NamedTuple):
     """Where to send: 16 bytes of address (IPv4 mapped), port, interface index of a link-local address."""
 
@@ -292,6 +325,12 @@ class SocketAddress(NamedTuple):
             except OSError:
                 raise UsageError(f"{host}: there is no interface {host.scope_id}") from None
         return cls(pack_address(host), port, scope, host.version)
+
+    @classmethod
+    def unpack(cls, source: bytes) -> SocketAddress:
+        """From ``struct sl_source``."""
+        address, scope, port, family = _SOURCE.unpack(source)
+        return cls(address, port, scope, family)
 
     def name(self, family: int) -> tuple[str, int] | tuple[str, int, int, int]:
         """For socket.sendto on a socket of that family; raises OSError(EAFNOSUPPORT) where it can't go."""

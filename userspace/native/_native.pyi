@@ -91,6 +91,16 @@ class _Lib:
     def sl_mmsg_send(
         self, fd: int, out: CData, timeout_ms: int, failed_index: CData, failed_errno: CData, result: CData
     ) -> None: ...
+    def sl_mmsg_send_back(
+        self,
+        m: CData,
+        batch: CData,
+        order: CData,
+        timeout_ms: int,
+        failed_index: CData,
+        failed_errno: CData,
+        result: CData,
+    ) -> None: ...
 
     # umem
     def sl_umem_create(self, size: int, huge: int) -> int: ...

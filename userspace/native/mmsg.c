@@ -148,33 +148,57 @@ int sl_mmsg_fileno(const struct sl_mmsg *m)
 int sl_mmsg_add(struct sl_mmsg *m, int fd, uint16_t port)
 {
 	struct epoll_event readable = { .events = EPOLLIN, .data.u32 = m->sockets };
+	struct sl_socket s = { .fd = fd, .port = port };
+	socklen_t family_size = sizeof(s.family), cookie_size = sizeof(s.cookie);
 	int on = 1;
 
 	if (m->sockets == SL_MMSG_SOCKETS)
 		return -ENOSPC;
-	if (setsockopt(fd, SOL_SOCKET, SO_RXQ_OVFL, &on, sizeof(on)))
+	if (setsockopt(fd, SOL_SOCKET, SO_RXQ_OVFL, &on, sizeof(on)) ||
+	    getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &s.family, &family_size) ||
+	    getsockopt(fd, SOL_SOCKET, SO_COOKIE, &s.cookie, &cookie_size) ||
+	    epoll_ctl(m->epoll, EPOLL_CTL_ADD, fd, &readable))
 		return -errno;
-	if (epoll_ctl(m->epoll, EPOLL_CTL_ADD, fd, &readable))
-		return -errno;
-	m->socket[m->sockets++] = (struct sl_socket){ .fd = fd, .port = port };
+	m->socket[m->sockets++] = s;
 	return 0;
 }
 
 int sl_mmsg_remove(struct sl_mmsg *m, int fd)
 {
-	struct epoll_event moved = { .events = EPOLLIN };
 	uint32_t i = 0;
 
 	while (i < m->sockets && m->socket[i].fd != fd)
 		i++;
-	if (i == m->sockets)
+	if (i == m->sockets || fd < 0)
 		return -ENOENT;
-	epoll_ctl(m->epoll, EPOLL_CTL_DEL, fd,
-		  NULL); /* gone already when the descriptor was closed */
-	m->socket[i] = m->socket[--m->sockets];
-	moved.data.u32 = i;
-	if (i < m->sockets && epoll_ctl(m->epoll, EPOLL_CTL_MOD, m->socket[i].fd, &moved))
-		return -errno;
+	/* Gone from there already when the descriptor was closed. */
+	epoll_ctl(m->epoll, EPOLL_CTL_DEL, fd, NULL);
+	m->socket[i].fd = -1;
+	return 0;
+}
+
+int sl_mmsg_check_socket(const struct sl_socket *s)
+{
+	uint64_t cookie = 0;
+	socklen_t size = sizeof(cookie);
+
+	if (getsockopt(s->fd, SOL_SOCKET, SO_COOKIE, &cookie, &size))
+		return errno == ENOTSOCK || errno == ENOPROTOOPT ? EBADF : errno;
+	return cookie == s->cookie ? 0 : EBADF;
+}
+
+/* 0, or -errno when one of the sockets is not there any more. */
+static int check_sockets(struct sl_mmsg *m, uint64_t now)
+{
+	if (now - m->checked_ns < SL_MMSG_CHECK_MS * 1000000ULL)
+		return 0;
+	for (uint32_t i = 0; i < m->sockets; i++) {
+		int error = m->socket[i].fd < 0 ? 0 : sl_mmsg_check_socket(&m->socket[i]);
+
+		if (error)
+			return -error;
+	}
+	m->checked_ns = now;
 	return 0;
 }
 
@@ -252,6 +276,7 @@ static void hand_out(struct sl_mmsg *m, struct sl_batch *b, uint32_t maximum)
 			b->times[i] = frame->time_ns;
 			b->sources[i] = frame->source;
 			b->addresses[i] = index;
+			b->sizes[i] = frame->socket;
 		}
 		lane->count -= counts[l];
 		if (!lane->count)
@@ -277,7 +302,7 @@ static void signal_queued(struct sl_mmsg *m)
 int sl_mmsg_receive(struct sl_mmsg *m, struct sl_batch *batch, uint32_t maximum, uint32_t budget,
 		    int timeout_ms)
 {
-	uint64_t start = timeout_ms > 0 ? sl_now_ns() : 0;
+	uint64_t start = sl_now_ns(), now = start;
 	struct epoll_event ready;
 
 	batch->count = 0;
@@ -286,8 +311,10 @@ int sl_mmsg_receive(struct sl_mmsg *m, struct sl_batch *batch, uint32_t maximum,
 	if (maximum > batch->capacity)
 		maximum = batch->capacity;
 	for (;;) {
-		int left = timeout_ms, n = pump(m, maximum, budget);
+		int left = SL_MMSG_CHECK_MS, n = check_sockets(m, now);
 
+		if (!n)
+			n = pump(m, maximum, budget);
 		if (n < 0)
 			return n;
 		if (m->queued || !timeout_ms)
@@ -300,10 +327,12 @@ int sl_mmsg_receive(struct sl_mmsg *m, struct sl_batch *batch, uint32_t maximum,
 
 			if (waited >= (uint64_t)timeout_ms)
 				break;
-			left -= (int)waited;
+			if (timeout_ms - (int)waited < left)
+				left = timeout_ms - (int)waited;
 		}
 		if (epoll_wait(m->epoll, &ready, 1, left) < 0)
 			return -errno;
+		now = sl_now_ns();
 	}
 	hand_out(m, batch, maximum);
 	signal_queued(m);

@@ -41,6 +41,7 @@
 
 #define SL_MMSG_BURST 64 /* datagrams of one recvmmsg or sendmmsg call */
 #define SL_MMSG_SOCKETS 1024
+#define SL_MMSG_CHECK_MS 500      /* between two looks at whether all sockets are still there */
 #define SL_MMSG_LARGE_FRAME 65536 /* any UDP payload (RFC 768: 65,527 bytes and less) */
 #define SL_MMSG_SHARE_ONE 65536   /* share[] in 1/65536 of what one call hands out */
 
@@ -85,6 +86,10 @@ uint64_t sl_mmsg_area_size(const struct sl_mmsg *m);
  * classified as sent to port.  0 or -errno.
  */
 int sl_mmsg_add(struct sl_mmsg *m, int fd, uint16_t port);
+/*
+ * Forgets a socket.  Its place is not used again, so that what came through it
+ * is never answered through another: SL_MMSG_SOCKETS counts removed ones too.
+ */
 int sl_mmsg_remove(struct sl_mmsg *m, int fd);
 /* Readable (epoll, poll, select) while a receive would return at once. */
 int sl_mmsg_fileno(const struct sl_mmsg *m);
@@ -97,7 +102,10 @@ int sl_mmsg_fileno(const struct sl_mmsg *m);
  * first one; 0: does not wait, -1: for ever.  Returns how many; 0 on timeout; -EINTR when a
  * signal came first, -EAGAIN when datagrams came but all were dropped: call again
  * for the rest of the time; another -errno when a socket is no longer usable.  All
- * columns are ready then; batch->addresses is taken.
+ * columns are ready then; batch->addresses and batch->sizes (socket) are taken.
+ *
+ * That a descriptor was closed elsewhere, or now is another socket (-EBADF), is
+ * found within SL_MMSG_CHECK_MS: epoll says nothing of it.
  */
 int sl_mmsg_receive(struct sl_mmsg *m, struct sl_batch *batch, uint32_t maximum, uint32_t budget,
 		    int timeout_ms);
@@ -113,7 +121,8 @@ void sl_mmsg_census(const struct sl_mmsg *m, uint32_t *counts);
 /*
  * What to send: payload i is base + offset[i] with length[i] bytes; offset NULL:
  * one behind the other.  With destinations 1 all go to destination[0];
- * otherwise each to its own.
+ * otherwise each to its own.  order, if not NULL, has the count payloads to send
+ * (offset is not NULL then); failures are told by payload.
  */
 struct sl_outgoing {
 	const uint8_t *base;
@@ -122,6 +131,7 @@ struct sl_outgoing {
 	const struct sl_source *destination;
 	uint32_t count;
 	uint32_t destinations;
+	const uint32_t *order;
 };
 
 struct sl_send_result {
@@ -144,6 +154,21 @@ struct sl_send_result {
  */
 void sl_mmsg_send(int fd, const struct sl_outgoing *out, int timeout_ms, uint32_t *failed_index,
 		  int32_t *failed_errno, struct sl_send_result *result);
+
+/*
+ * Sends every payload of a batch to where it came from, through the socket by
+ * which it came: one socket after the other, the one with the batch's first
+ * datagram first, so with no more calls of sendmmsg than that takes.  The batch
+ * keeps its frames.
+ *
+ * As sl_mmsg_send, but a socket that can't be written to fails with its own
+ * datagrams only.  So result->stopped is 0, or EINTR: then call again with the
+ * same result and order[] (room for the batch's count; its contents are kept from the
+ * call with result->next 0) for the rest of the time.  The batch must be one that m filled.
+ */
+void sl_mmsg_send_back(struct sl_mmsg *m, const struct sl_batch *batch, uint32_t *order,
+		       int timeout_ms, uint32_t *failed_index, int32_t *failed_errno,
+		       struct sl_send_result *result);
 
 /* cffi: end */
 

@@ -18,7 +18,14 @@ static void reply(struct sl_mmsg *m, const struct sl_socket *s, const uint32_t *
 	struct sl_source to[SL_MMSG_BURST];
 	struct sl_send_result result = { 0 };
 	int32_t errors[SL_MMSG_BURST];
-	struct sl_outgoing out = { m->area, offset, length, to, k, k };
+	struct sl_outgoing out = {
+		.base = m->area,
+		.offset = offset,
+		.length = length,
+		.destination = to,
+		.count = k,
+		.destinations = k,
+	};
 
 	for (uint32_t i = 0; i < k; i++) {
 		offset[i] = m->offset[which[i]];
@@ -32,7 +39,7 @@ static void reply(struct sl_mmsg *m, const struct sl_socket *s, const uint32_t *
 }
 
 /* Into its lane's queue, or false: the quota is used up. */
-static bool enqueue(struct sl_mmsg *m, uint32_t i, uint64_t now)
+static bool enqueue(struct sl_mmsg *m, const struct sl_socket *s, uint32_t i, uint64_t now)
 {
 	struct sl_lane *lane = &m->lane[m->lane_of[i]];
 	uint32_t index = m->index[i], at;
@@ -64,6 +71,7 @@ static bool enqueue(struct sl_mmsg *m, uint32_t i, uint64_t now)
 		.class_id = m->class_id[i],
 		.service = m->service[i],
 		.place = SL_QUEUED,
+		.socket = s - m->socket,
 	};
 	at = lane->head + lane->count++;
 	lane->ring[at >= lane->capacity ? at - lane->capacity : at] = index;
@@ -87,7 +95,7 @@ static void sort_out(struct sl_mmsg *m, const struct sl_socket *s, uint32_t k, u
 		case SLUICE_STEER_DEMOTED:
 		case SLUICE_PASS_LANE:
 		case SLUICE_PASS_DEMOTED:
-			if (!enqueue(m, i, now))
+			if (!enqueue(m, s, i, now))
 				sl_put_free(m, m->index[i]);
 			continue;
 		case SLUICE_REPLY:
@@ -255,7 +263,7 @@ int sl_mmsg_read_sockets(struct sl_mmsg *m, uint32_t want)
 		for (int i = 0; i < n && total < want; i++) {
 			uint32_t index = ready[i].data.u32;
 
-			if (index >= m->sockets)
+			if (index >= m->sockets || m->socket[index].fd < 0)
 				continue;
 			got = read_burst(m, &m->socket[index], want - total);
 			if (got < 0)

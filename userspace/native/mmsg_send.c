@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #define _GNU_SOURCE
-#include "mmsg.h"
+#include "mmsg_state.h"
 
 #include <arpa/inet.h>
 #include <errno.h>
@@ -29,11 +29,9 @@ static int64_t now_ms(void)
 }
 
 /* Length of the name, 0 when an IPv4 socket cannot reach the address. */
-static socklen_t write_name(struct sockaddr_in6 *name, int family, const struct sl_outgoing *out,
-			    uint32_t i)
+static socklen_t write_name(struct sockaddr_in6 *name, int family, const struct sl_source *to)
 {
 	static const uint8_t mapped[12] = { [10] = 0xff, [11] = 0xff };
-	const struct sl_source *to = &out->destination[out->destinations == 1 ? 0 : i];
 	struct sockaddr_in *v4 = (struct sockaddr_in *)name;
 
 	memset(name, 0, sizeof(*name));
@@ -87,10 +85,17 @@ static int wait_for_room(int fd, int error, int64_t deadline)
 	return n < 0 ? errno : 0;
 }
 
-static void fail(struct sl_send_result *result, uint32_t *failed_index, int32_t *failed_errno,
-		 int error)
+/* Which payload is the i-th to be sent. */
+static uint32_t payload_at(const struct sl_outgoing *out, uint32_t i)
 {
-	failed_index[result->failed] = result->next++;
+	return out->order ? out->order[i] : i;
+}
+
+/* Skips the next datagram. */
+static void fail(const struct sl_outgoing *out, struct sl_send_result *result,
+		 uint32_t *failed_index, int32_t *failed_errno, int error)
+{
+	failed_index[result->failed] = payload_at(out, result->next++);
 	failed_errno[result->failed++] = error;
 }
 
@@ -102,46 +107,40 @@ static uint32_t fill(struct window *w, int family, const struct sl_outgoing *out
 
 	for (; n < SL_MMSG_BURST && i < out->count; n++, i++) {
 		struct msghdr *h = &w->header[n].msg_hdr;
+		uint32_t k = payload_at(out, i);
 		socklen_t length;
 
 		if (out->destinations == 1 && n > 0) {
 			h->msg_name = w->header[0].msg_hdr.msg_name;
 			h->msg_namelen = w->header[0].msg_hdr.msg_namelen;
 		} else {
-			length = write_name(&w->name[n], family, out, i);
+			length = write_name(&w->name[n], family,
+					    &out->destination[out->destinations == 1 ? 0 : k]);
 			if (!length)
 				break;
 			h->msg_name = &w->name[n];
 			h->msg_namelen = length;
 		}
 		w->payload[n].iov_base =
-			(void *)(out->offset ? out->base + out->offset[i] : payload);
-		w->payload[n].iov_len = out->length[i];
+			(void *)(out->offset ? out->base + out->offset[k] : payload);
+		w->payload[n].iov_len = out->length[k];
 		h->msg_iov = &w->payload[n];
 		h->msg_iovlen = 1;
 		h->msg_control = NULL;
 		h->msg_controllen = 0;
 		h->msg_flags = 0;
-		payload += out->length[i];
+		payload += out->length[k];
 	}
 	return n;
 }
 
-void sl_mmsg_send(int fd, const struct sl_outgoing *out, int timeout_ms, uint32_t *failed_index,
-		  int32_t *failed_errno, struct sl_send_result *result)
+static void send_all(int fd, int family, const struct sl_outgoing *out, int64_t deadline,
+		     uint32_t *failed_index, int32_t *failed_errno, struct sl_send_result *result)
 {
-	int64_t deadline = now_ms() + timeout_ms;
 	const uint8_t *payload = out->base;
 	struct window w;
-	socklen_t size = sizeof(int);
 	uint32_t retried = UINT32_MAX;
-	int family = 0;
 
-	result->stopped = 0;
-	if (getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &family, &size)) {
-		result->stopped = errno;
-		return;
-	}
 	for (uint32_t i = 0; !out->offset && i < result->next; i++)
 		payload += out->length[i];
 	while (result->next < out->count) {
@@ -167,9 +166,81 @@ void sl_mmsg_send(int fd, const struct sl_outgoing *out, int timeout_ms, uint32_
 			/* The same error twice: it was this datagram's own, both times. */
 			if (retried == start)
 				result->asynchronous--;
-			fail(result, failed_index, failed_errno, error);
+			fail(out, result, failed_index, failed_errno, error);
 		}
 		for (uint32_t i = start; !out->offset && i < result->next; i++)
 			payload += out->length[i];
 	}
+}
+
+void sl_mmsg_send(int fd, const struct sl_outgoing *out, int timeout_ms, uint32_t *failed_index,
+		  int32_t *failed_errno, struct sl_send_result *result)
+{
+	socklen_t size = sizeof(int);
+	int family = 0;
+
+	result->stopped = 0;
+	if (getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &family, &size)) {
+		result->stopped = errno;
+		return;
+	}
+	send_all(fd, family, out, now_ms() + timeout_ms, failed_index, failed_errno, result);
+}
+
+/*
+ * Puts the datagrams of each socket together, the sockets in the order in which
+ * they first appear (so the one with the highest lane is not kept waiting), and the
+ * datagrams of each as they are.
+ */
+static void group_by_socket(const struct sl_mmsg *m, const struct sl_batch *b, uint32_t *order)
+{
+	uint32_t at[SL_MMSG_SOCKETS], first[SL_MMSG_SOCKETS], sockets = 0, start = 0;
+
+	memset(at, 0, m->sockets * sizeof(*at));
+	for (uint32_t i = 0; i < b->count; i++)
+		if (at[b->sizes[i]]++ == 0)
+			first[sockets++] = b->sizes[i];
+	for (uint32_t k = 0; k < sockets; k++) {
+		uint32_t count = at[first[k]];
+
+		at[first[k]] = start;
+		start += count;
+	}
+	for (uint32_t i = 0; i < b->count; i++)
+		order[at[b->sizes[i]]++] = i;
+}
+
+void sl_mmsg_send_back(struct sl_mmsg *m, const struct sl_batch *batch, uint32_t *order,
+		       int timeout_ms, uint32_t *failed_index, int32_t *failed_errno,
+		       struct sl_send_result *result)
+{
+	int64_t deadline = now_ms() + timeout_ms;
+	struct sl_outgoing out = {
+		.base = batch->data,
+		.offset = batch->offsets,
+		.length = batch->lengths,
+		.destination = batch->sources,
+		.destinations = 2, /* not 1: each has its own */
+		.order = order,
+	};
+
+	if (result->next == 0)
+		group_by_socket(m, batch, order);
+	while (result->next < batch->count) {
+		uint32_t socket = batch->sizes[order[result->next]];
+
+		out.count = result->next + 1;
+		while (out.count < batch->count && batch->sizes[order[out.count]] == socket)
+			out.count++;
+		/* Never into whatever has got the number of a descriptor that was closed. */
+		result->stopped = sl_mmsg_check_socket(&m->socket[socket]);
+		if (!result->stopped)
+			send_all(m->socket[socket].fd, m->socket[socket].family, &out, deadline,
+				 failed_index, failed_errno, result);
+		if (result->stopped == EINTR)
+			return;
+		while (result->next < out.count)
+			fail(&out, result, failed_index, failed_errno, result->stopped);
+	}
+	result->stopped = 0;
 }

@@ -22,6 +22,7 @@ struct sl_frame {
 	uint32_t peer;
 	uint8_t lane, kind, class_id, service;
 	uint8_t place;
+	uint16_t socket; /* by which it came */
 };
 
 struct sl_lane {
@@ -32,7 +33,9 @@ struct sl_lane {
 };
 
 struct sl_socket {
-	int fd;
+	int fd; /* -1: removed */
+	int family;
+	uint64_t cookie; /* the kernel's own number of it; a descriptor may be used again */
 	uint16_t port;
 	uint32_t overflow; /* last value of SO_RXQ_OVFL, wraps */
 };
@@ -46,6 +49,7 @@ struct sl_mmsg {
 	uint8_t recent_lane; /* of the last datagram */
 	uint64_t mixed_ns;   /* when it last was another than the one before */
 	uint64_t read_ns;    /* when recvmmsg last returned datagrams */
+	uint64_t checked_ns; /* when all sockets were last looked at */
 	uint32_t sockets;
 	uint32_t turn; /* the socket whose turn it is to be read first */
 	struct sl_socket socket[SL_MMSG_SOCKETS];
@@ -115,6 +119,9 @@ static inline void sl_fill_slot(struct sl_mmsg *m, uint32_t i)
 	m->slot[i] = frame;
 	m->payload[i][0].iov_base = m->area + sl_offset_of(m, frame);
 }
+
+/* 0, or the errno that says why it is not that socket any more. */
+int sl_mmsg_check_socket(const struct sl_socket *s);
 
 /* Reads at most want datagrams into the lanes' queues.  How many, or -errno. */
 int sl_mmsg_read_sockets(struct sl_mmsg *m, uint32_t want);
