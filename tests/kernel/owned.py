@@ -11,7 +11,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -105,24 +106,39 @@ def until(condition: Callable[[], T], what: str, seconds: float = SECONDS) -> T:
     return answer
 
 
-def read_line(process: subprocess.Popen[str], seconds: float = SECONDS) -> str:
+# What processes say; not as their ``stdout``, which has to be closed by somebody.
+_said: weakref.WeakKeyDictionary[subprocess.Popen[bytes], int] = weakref.WeakKeyDictionary()
+
+
+def start(host: Host, words: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Start a process on a host, to be listened to by `read_line`."""
+    reading, writing = os.pipe()
+    try:
+        process = host.popen(words, env=ENVIRONMENT, stdout=writing)
+    finally:
+        os.close(writing)
+    _said[process] = reading
+    weakref.finalize(process, os.close, reading)
+    return process
+
+
+def read_line(process: subprocess.Popen[bytes], seconds: float = SECONDS) -> str:
     """The next line that a process prints; "" at its end."""
-    assert process.stdout is not None
-    # Lines that came together are in the pipe's buffer on our side: read without one.
     line = b""
     deadline = time.monotonic() + seconds
     while not line.endswith(b"\n"):
         left = deadline - time.monotonic()
         assert left > 0, f"nothing said within {seconds} s; {line!r} so far"
-        if select.select([process.stdout], [], [], left)[0]:
-            byte = os.read(process.stdout.fileno(), 1)
+        if select.select([_said[process]], [], [], left)[0]:
+            # One at a time: what follows the line stays for the next call.
+            byte = os.read(_said[process], 1)
             if not byte:
                 return line.decode()
             line += byte
     return line.decode().rstrip("\n")
 
 
-def expect(process: subprocess.Popen[str], start: str) -> str:
+def expect(process: subprocess.Popen[bytes], start: str) -> str:
     """The next line, which begins so."""
     line = read_line(process)
     assert line.startswith(start), f"{line!r}, not {start!r}"
@@ -141,16 +157,17 @@ class Up:
         self.lab = lab
         self.policy = folder / "policy.toml"
         self.policy.write_text(policy, encoding="utf-8")
-        self.process = lab.server.popen(
-            command("up", lab.server.interface, str(self.policy), "--json", *options),
-            env=ENVIRONMENT, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        self.process = start(
+            lab.server, command("up", lab.server.interface, str(self.policy), "--json", *options)
+        )
         self.ready = json.loads(read_line(self.process))
         self.socket = self.ready.get("socket", "")
 
     def event(self) -> Any:
         """The next line that it says."""
-        return json.loads(read_line(self.process))
+        line = read_line(self.process)
+        assert line, "sluice up has ended"
+        return json.loads(line)
 
     def wait_for(self, text: str) -> str:
         """Read events up to one with this text."""
@@ -158,7 +175,7 @@ class Up:
             pass
         return said
 
-    def application(self, *, wait: float = 0.0) -> subprocess.Popen[str]:
+    def application(self, *, wait: float = 0.0) -> subprocess.Popen[bytes]:
         """An application as user nobody; says "open", or why not."""
         return application(self.lab.server, self.socket, wait)
 
@@ -172,14 +189,9 @@ class Up:
         return self.process.wait(SECONDS)
 
 
-def application(host: Host, path: str, wait: float = 0.0) -> subprocess.Popen[str]:
+def application(host: Host, path: str, wait: float = 0.0) -> subprocess.Popen[bytes]:
     """See `Up.application`."""
-    return host.popen(
-        [sys.executable, "-c", APPLICATION, path, str(wait)],
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    return start(host, [sys.executable, "-c", APPLICATION, path, str(wait)])
 
 
 def sender(lab: Lab) -> socket.socket:
@@ -217,7 +229,7 @@ def descriptors(pid: int) -> int:
     return sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
 
 
-def end(process: subprocess.Popen[str], number: signal.Signals = signal.SIGKILL) -> None:
+def end(process: subprocess.Popen[bytes], number: signal.Signals = signal.SIGKILL) -> None:
     """End a process that the lab started."""
     process.send_signal(number)
     process.wait(SECONDS)

@@ -10,6 +10,7 @@ kernel's word on who is at the other end (SO_PEERCRED, SO_PEERGROUPS; unix(7)).
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import grp
 import os
@@ -346,6 +347,10 @@ def _number(kind: str, name: str | int) -> int:
 
 def _groups_of(sock: socket.socket) -> list[int]:
     """The supplementary groups that the peer had when it connected; Linux 4.13."""
-    room = 4 * 65536  # NGROUPS_MAX (linux/limits.h)
-    raw = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, room)
-    return [number for (number,) in struct.iter_unpack("I", raw)]
+    # Python's getsockopt stops at 1,024 bytes, 256 groups; NGROUPS_MAX is 65,536 (linux/limits.h).
+    room = (ctypes.c_uint32 * 65536)()
+    length = ctypes.c_uint32(ctypes.sizeof(room))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.getsockopt(sock.fileno(), socket.SOL_SOCKET, _SO_PEERGROUPS, room, ctypes.byref(length)) != 0:
+        return []
+    return list(room[: length.value // 4])

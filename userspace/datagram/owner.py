@@ -29,7 +29,7 @@ from userspace.datagram.claim import Claim, Namespace
 from userspace.datagram.descriptors import LaneSpec, Mode, Refusal
 from userspace.datagram.lease import Companions, Lease, complete
 from userspace.datagram.opening import lane_specs
-from userspace.datagram.pinned import foreign, pin_link, take_over
+from userspace.datagram.pinned import foreign, pin_link, refuse_pinned, take_over
 from userspace.datagram.policy_document import known_ids, with_ids
 from xdp import owner_state
 from xdp._libbpf import lib
@@ -341,7 +341,7 @@ class Owner:
         mode: InterfaceMode = self._mode or self.policy.mode
         refused: list[Refusal] = []
         kind: AttachMode | None = None
-        link = take_over(interface, ifindex, self.program, replace=self._replace)
+        link = take_over(interface, ifindex, self.program)
         if link is None:
             if self._replace:
                 detach_foreign(ifindex)
@@ -406,6 +406,8 @@ class Owner:
             self.link = None
 
     def _take_claim(self) -> None:
+        if not self._replace:  # before its settings are put back
+            refuse_pinned(self.interface, self.ifindex)
         self._claim = Claim(self.interface, self.ifindex, self.notify)
 
     @property

@@ -38,11 +38,20 @@ def pin_link(link: Link, interface: str) -> Path:
     return path
 
 
-def take_over(interface: str, ifindex: int, program: SteerProgram, *, replace: bool) -> Link | None:
+def refuse_pinned(interface: str, ifindex: int) -> None:
+    """Raises BusyError when an earlier ``--persist`` keeps a program on this interface."""
+    path = pin_folder(interface) / "link"
+    if path.exists():
+        with contextlib.closing(Link.from_pin(path)) as link:
+            if link.ifindex == ifindex:
+                raise foreign(interface, link.program_id, "kept by an earlier --persist")
+
+
+def take_over(interface: str, ifindex: int, program: SteerProgram) -> Link | None:
     """The pinned link, now with ``program`` and without its pin; None when there is none.
 
     Packets meet the old program or the new one, never none. A pin of an interface that is gone
-    is removed. Raises BusyError without ``replace``.
+    is removed.
     """
     path = pin_folder(interface) / "link"
     if not path.exists():
@@ -53,8 +62,6 @@ def take_over(interface: str, ifindex: int, program: SteerProgram, *, replace: b
         if link.ifindex != ifindex:
             _unpin(path)
             return None
-        if not replace:
-            raise foreign(interface, link.program_id, "kept by an earlier --persist")
         link.update(program)
         _unpin(path)
         cleanup.pop_all()
