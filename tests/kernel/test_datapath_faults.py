@@ -235,6 +235,31 @@ def test_nothing_is_left(lab: Lab, program: SteerProgram) -> None:
     assert open_files() == before
 
 
+def test_huge_pages(lab: Lab, program: SteerProgram) -> None:
+    """Used where there are enough, and given back."""
+    setting = Path("/proc/sys/vm/nr_hugepages")
+    before = setting.read_text(encoding="ascii")
+
+    def free() -> int:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("HugePages_Free:"))
+
+    spare = free()
+    setting.write_text(str(int(before) + 64), encoding="ascii")
+    try:
+        available = free()
+        if available < spare + 64:
+            pytest.skip("no 128 MiB of free memory in pieces of 2 MiB")
+        with lanes_on(program, lab) as lanes, client_socket(lab) as client:
+            assert free() < available
+            client.sendto(b"large", (server_address(lab), BULK))
+            assert collect(lanes, 1) == [(1, b"large")]
+        del lanes
+        until(lambda: free() == available, "the huge pages to come back")
+    finally:
+        setting.write_text(before, encoding="ascii")
+
+
 def test_dropped_lanes_close_themselves(lab: Lab) -> None:
     with lab.server.enter():
         lanes = open_lanes(Policy.parse(POLICY), interface=lab.server.interface)

@@ -8,6 +8,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#define HUGE_PAGE (2U << 20)
+
 int sl_umem_create(uint64_t size, int huge)
 {
 	int fd, error;
@@ -49,5 +51,9 @@ int sl_umem_map(int fd, uint64_t size, uint8_t **area)
 
 void sl_umem_unmap(uint8_t *area, uint64_t size)
 {
-	munmap(area, size);
+	uint64_t whole = (size + HUGE_PAGE - 1) & ~(uint64_t)(HUGE_PAGE - 1);
+
+	/* Mappings of huge pages come off only as a whole; others are refused nothing. */
+	if (munmap(area, size) && errno == EINVAL)
+		munmap(area, whole);
 }
