@@ -160,7 +160,9 @@ class Up:
         self.process = start(
             lab.server, command("up", lab.server.interface, str(self.policy), "--json", *options)
         )
-        self.ready = json.loads(read_line(self.process))
+        self.ready = self.event()
+        while self.ready.get("event") == "note":  # of what a killed owner had left
+            self.ready = self.event()
         self.socket = self.ready.get("socket", "")
 
     def event(self) -> Any:

@@ -140,9 +140,7 @@ class TestKilled:
         """Ctrl-C while the compiler runs: it ends cleanly."""
         policy = tmp_path / "policy.toml"
         policy.write_text(KERNEL_POLICY, encoding="utf-8")
-        starting = lab.server.popen(
-            command("up", "srv0", str(policy)), env=ENVIRONMENT, stdout=subprocess.PIPE
-        )
+        starting = start(lab.server, command("up", "srv0", str(policy)))
         until(lambda: left_behind(lab), "the lock is taken")
         starting.terminate()
         assert starting.wait(SECONDS) == 0
