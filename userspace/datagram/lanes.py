@@ -6,7 +6,8 @@
             with lanes.receive() as batch:
                 ...
 
-:func:`open_lanes` opens everything in this process, which needs root for AF_XDP;
+:func:`open_lanes` opens everything in this process, which needs root for AF_XDP, or gets lanes
+from the owner of an interface, which does not;
 :func:`attach_lanes` uses what somebody else has opened, and needs nothing.
 """
 
@@ -23,8 +24,10 @@ from userspace.datagram.batch import Batch
 from userspace.datagram.companion import Companion, open_companion_sockets
 from userspace.datagram.descriptors import LaneDescriptors, Mode, Refusal
 from userspace.datagram.destination import Endpoint
+from userspace.datagram.lease import Companions
 from userspace.datagram.mmsg import MmsgLanes
 from userspace.datagram.opening import Wanted, open_interface, rungs
+from userspace.datagram.owned_lanes import open_owned
 from userspace.datagram.portable import PortableLanes
 from userspace.datagram.xsk_lanes import XskLanes
 from xdp.errors import PermissionsError, SluiceError, UnsupportedError, UsageError
@@ -122,14 +125,16 @@ def attach_lanes(descriptors: LaneDescriptors, policy: Policy | None = None) -> 
 
 
 def open_lanes(
-    policy: Policy | str | Path,
+    policy: Policy | str | Path | None = None,
     *,
     interface: str | None = None,
+    owner: str | Path | None = None,
     mode: Wanted = "auto",
     queues: Sequence[int] | None = None,
     skip_busy_ports: bool = False,
+    wait: float = 0.0,
 ) -> Lanes:
-    """Open the lanes of a policy in this process, in the best mode that can be had.
+    """Open the lanes of a policy in this process, in the best mode that can be had, or get an owner's.
 
     ``policy`` is one, or the path of its file.  The ladder is native zero-copy,
     native copy, generic copy, mmsg, portable; ``mode`` and the policy's ``[interface]``
@@ -138,9 +143,24 @@ def open_lanes(
     ``queues`` are the interface's receive queues to serve, all of them by default.
     ``skip_busy_ports`` goes on without companion sockets on ports that others have.
 
+    ``owner`` is the path of the socket where `sluice up` serves; interface, policy and mode are
+    then the owner's, and no privileges are needed.  What comes is an
+    :class:`~userspace.datagram.owned_lanes.OwnedLanes`.  ``wait`` is how many seconds to wait
+    for the owner's interface if that is gone.
+
     Raises UsageError, PolicyError, BusyError (another program on the interface, other
-    sockets on a queue, a port taken), PermissionsError and UnsupportedError (no allowed mode works).
+    sockets on a queue, a port taken), PermissionsError and UnsupportedError (no allowed mode works);
+    with ``owner`` also NotLoadedError (nobody serves there), InterfaceGoneError and OwnerGoneError.
     """
+    if owner is not None:
+        if policy is not None or interface is not None or mode != "auto":
+            raise UsageError(
+                "policy, interface and mode are the owner's", hint="open_lanes(owner=...) without them"
+            )
+        companions: Companions = "free" if skip_busy_ports else "all"
+        return open_owned(owner, queues=queues, companions=companions, wait=wait)
+    if policy is None:
+        raise UsageError("there is no policy", hint="give the path of its file, or owner=")
     if not isinstance(policy, Policy):
         policy = Policy.load(policy)
     modes = rungs(mode, policy)
