@@ -75,7 +75,9 @@ _REFERENCE: Final = {"sluice-touch": "xsk-c-touch"}
     epilog=examples(
         """sudo sluice bench receive
         sudo sluice bench receive --size 1232 --path sluice --path xsk-c --runs 5
+        sudo sluice bench transmit --size 64
         sudo sluice bench echo --json
+        sudo sluice bench latency --seconds 10
         sudo sluice bench program"""
     )
 )

@@ -11,6 +11,7 @@ import click
 from pyroute2 import netns
 
 from sluice_cli.lab import NETNS_DIRECTORY, Host, Lab, reclaim, remove
+from sluice_cli.lab_dns import dns
 from sluice_cli.lab_state import Marker, check_name, locked, namespace_names, read_marker, read_markers
 from sluice_cli.output import Output, Table, common_options, examples
 from xdp.errors import BusyError, UsageError
@@ -28,6 +29,7 @@ _name_option = click.option(
         sudo sluice lab shell                         a shell on the client
         sudo sluice lab shell --host server -- ip address
         sudo sluice lab down
+        sudo sluice lab dns                           a DNS server under a flood
     """)
 )
 def lab_command() -> None:
@@ -36,6 +38,9 @@ def lab_command() -> None:
     Two network namespaces joined by a veth cable: the server, where a program is attached, and the client,
     where traffic comes from.  Both have IPv4 and IPv6.  Nothing of the machine's own network is touched.
     """
+
+
+lab_command.add_command(dns)
 
 
 @lab_command.command(
