@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import tomllib
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ SYSTEM_PYTHON = "/usr/bin/python3"
 
 # Folders of the checkout with files that somebody wrote, and what may stand at the top.
 TOP_LEVEL = {"bpf", "docs", "tests", "tools", "userspace", "xdp"}
-TOP_LEVEL |= {"CHANGELOG.md", "LICENSE", "README.md", "pyproject.toml", "setup.py"}
+TOP_LEVEL |= {"CHANGELOG.md", "LICENSE", "README.md", "pyproject.toml"}
 GENERATED = {"_libbpf.c", "_native.c"}
 
 
@@ -32,7 +33,7 @@ def written_files() -> Iterator[Path]:
 def source_files() -> list[Path]:
     return [
         path
-        for path in [*written_files(), ROOT / "setup.py", ROOT / "pyproject.toml"]
+        for path in [*written_files(), ROOT / "pyproject.toml"]
         if path.suffix in {".py", ".pyi", ".c", ".h", ".sh", ".toml"} or path.name in {"sluice", "run"}
     ]
 
@@ -142,6 +143,37 @@ def run_in(environment: Path, *arguments: str) -> str:
     return done.stdout
 
 
+def installed_files(environment: Path) -> list[str]:
+    code = "from importlib.metadata import files; print('\\n'.join(str(f) for f in files('sluice')))"
+    return run_in(environment, "python", "-c", code).splitlines()
+
+
+def test_source_distribution_builds_the_same(installed: Path, tmp_path: Path) -> None:
+    """Without build isolation, by the setuptools of the system: pip did the same with the newest above."""
+    checkout = copied_checkout(tmp_path / "checkout")
+    python = str(installed / "bin/python")
+    subprocess.run(
+        [python, "-W", "ignore", "tools/packaging/backend.py", "--quiet", "sdist", "--dist-dir", tmp_path],
+        cwd=checkout,
+        check=True,
+    )
+    (source,) = tmp_path.glob("*.tar.gz")
+    shutil.rmtree(checkout)
+    subprocess.run(
+        [python, "-m", "pip", "--quiet", "wheel", "--no-deps", "--no-build-isolation", source],
+        cwd=tmp_path,
+        check=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert names == {
+        name
+        for name in installed_files(installed)
+        if ".dist-info/" not in name and not name.startswith("..") and "__pycache__" not in name
+    }
+
+
 def test_pip_install_gives_a_working_command(installed: Path) -> None:
     version = project()["project"]
     assert isinstance(version, dict)
@@ -168,8 +200,7 @@ def test_pip_install_brings_the_kernel_programs(installed: Path) -> None:
 
 
 def test_pip_install_brings_nothing_else(installed: Path) -> None:
-    code = "from importlib.metadata import files; print('\\n'.join(str(f) for f in files('sluice')))"
-    files = run_in(installed, "python", "-c", code).splitlines()
+    files = installed_files(installed)
     tops = {name.split("/")[0] for name in files if not name.startswith("..")}
     assert {top for top in tops if not top.endswith(".dist-info")} == {
         "bpf",
