@@ -218,6 +218,18 @@ class Served:
         assert len(found) == count
         return found
 
+    def receive_some(self, timeout: float = SECONDS) -> None:
+        """At least one packet."""
+        with self.lanes.receive(timeout=timeout) as batch:
+            assert len(batch) > 0, f"nothing after {timeout} s"
+
+    def drain(self) -> None:
+        """Read all that is there, when nothing more is sent."""
+        while True:
+            with self.lanes.receive(timeout=0.1) as batch:
+                if not batch:
+                    return
+
     def exchange(self, frames: Sequence[bytes | Frame]) -> list[Packet]:
         """Send and receive in bursts that the interface does not lose."""
         found: list[Packet] = []
