@@ -236,7 +236,7 @@ static struct sl_queue *make_queue(struct kernel *kernel)
 	for (i = 0; i < FILL_FRAMES; i++)
 		fill[i] = (uint64_t)i * FRAME_SIZE;
 	kernel->fill.producer = FILL_FRAMES;
-	queue->area_size = (FILL_FRAMES + TRANSMIT_FRAMES) * FRAME_SIZE;
+	queue->area_size = (FILL_FRAMES + TRANSMIT_FRAMES) * (uint64_t)FRAME_SIZE;
 	queue->area = calloc(1, queue->area_size);
 	queue->frame_shift = 11;
 	queue->fill_frames = FILL_FRAMES;

@@ -110,7 +110,7 @@ static uint32_t move(struct sl_queue *queue, uint32_t position, struct sl_batch 
 
 int sl_queue_receive(struct sl_queue *queue, struct sl_batch *batch, uint32_t maximum)
 {
-	uint32_t take[SL_QUEUE_LANES], count = 0, i;
+	uint32_t take[SL_QUEUE_LANES] = { 0 }, count = 0, i;
 	int result;
 
 	if (maximum > batch->capacity)

@@ -6,21 +6,28 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 
-static int map_ring(int fd, enum sl_ring which, uint32_t size, struct sl_map *map,
-		    struct xdp_ring_offset *offset)
+/* Where the ring begins, with its offsets from there; NULL, with errno, on failure. */
+static char *map_ring(int fd, enum sl_ring which, uint32_t size, struct sl_map *map,
+		      struct xdp_ring_offset *offset)
 {
 	struct xdp_mmap_offsets offsets;
 	socklen_t length = sizeof(offsets);
 	size_t entry = sizeof(struct xdp_desc);
 	off_t page = 0;
+	void *base;
 
-	if (size == 0 || size & (size - 1))
-		return -EINVAL;
+	map->base = NULL;
+	if (size == 0 || size & (size - 1)) {
+		errno = EINVAL;
+		return NULL;
+	}
 	if (getsockopt(fd, SOL_XDP, XDP_MMAP_OFFSETS, &offsets, &length))
-		return -errno;
+		return NULL;
 	/* Kernels before 5.4 had no flags and a smaller struct; they lack need_wakeup too. */
-	if (length != sizeof(offsets))
-		return -EOPNOTSUPP;
+	if (length != sizeof(offsets)) {
+		errno = EOPNOTSUPP;
+		return NULL;
+	}
 	switch (which) {
 	case SL_RING_FILL:
 		*offset = offsets.fr;
@@ -42,29 +49,27 @@ static int map_ring(int fd, enum sl_ring which, uint32_t size, struct sl_map *ma
 		break;
 	}
 	map->size = offset->desc + size * entry;
-	map->base =
-		mmap(NULL, map->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, page);
-	if (map->base == MAP_FAILED) {
-		map->base = NULL;
-		return -errno;
-	}
-	return 0;
+	base = mmap(NULL, map->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, page);
+	if (base == MAP_FAILED)
+		return NULL;
+	map->base = base;
+	return base;
 }
 
 int sl_map_producer(int fd, enum sl_ring which, uint32_t size, struct xsk_ring_prod *ring,
 		    struct sl_map *map)
 {
 	struct xdp_ring_offset offset;
-	int error = map_ring(fd, which, size, map, &offset);
+	char *base = map_ring(fd, which, size, map, &offset);
 
-	if (error)
-		return error;
+	if (!base)
+		return -errno;
 	ring->mask = size - 1;
 	ring->size = size;
-	ring->producer = (uint32_t *)((char *)map->base + offset.producer);
-	ring->consumer = (uint32_t *)((char *)map->base + offset.consumer);
-	ring->flags = (uint32_t *)((char *)map->base + offset.flags);
-	ring->ring = (char *)map->base + offset.desc;
+	ring->producer = (uint32_t *)(base + offset.producer);
+	ring->consumer = (uint32_t *)(base + offset.consumer);
+	ring->flags = (uint32_t *)(base + offset.flags);
+	ring->ring = base + offset.desc;
 	ring->cached_prod = *ring->producer;
 	/* libxdp keeps the consumer of rings that we produce one size ahead. */
 	ring->cached_cons = *ring->consumer + size;
@@ -75,16 +80,16 @@ int sl_map_consumer(int fd, enum sl_ring which, uint32_t size, struct xsk_ring_c
 		    struct sl_map *map)
 {
 	struct xdp_ring_offset offset;
-	int error = map_ring(fd, which, size, map, &offset);
+	char *base = map_ring(fd, which, size, map, &offset);
 
-	if (error)
-		return error;
+	if (!base)
+		return -errno;
 	ring->mask = size - 1;
 	ring->size = size;
-	ring->producer = (uint32_t *)((char *)map->base + offset.producer);
-	ring->consumer = (uint32_t *)((char *)map->base + offset.consumer);
-	ring->flags = (uint32_t *)((char *)map->base + offset.flags);
-	ring->ring = (char *)map->base + offset.desc;
+	ring->producer = (uint32_t *)(base + offset.producer);
+	ring->consumer = (uint32_t *)(base + offset.consumer);
+	ring->flags = (uint32_t *)(base + offset.flags);
+	ring->ring = base + offset.desc;
 	ring->cached_prod = *ring->consumer;
 	ring->cached_cons = *ring->consumer;
 	return 0;

@@ -156,18 +156,19 @@ int sl_xsk_send_buffer(int fd, int bytes)
 int sl_xsk_queues(const char *interface)
 {
 	struct ethtool_channels channels;
+	size_t length = strlen(interface);
 	struct ifreq request;
 	int fd, error = 0;
 
-	if (strlen(interface) >= sizeof(request.ifr_name))
+	if (length >= sizeof(request.ifr_name))
 		return -ENODEV;
 	fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
 	if (fd < 0)
 		return -errno;
 	memset(&channels, 0, sizeof(channels));
-	memset(&request, 0, sizeof(request));
+	memset(&request, 0, sizeof(request)); /* ends the name, too */
 	channels.cmd = ETHTOOL_GCHANNELS;
-	strcpy(request.ifr_name, interface);
+	memcpy(request.ifr_name, interface, length);
 	request.ifr_data = (char *)&channels;
 	if (ioctl(fd, SIOCETHTOOL, &request))
 		error = errno;
