@@ -5,8 +5,9 @@ C data is ``Any``: mypy cannot see into it.  Functions return 0, a descriptor or
 a count, or a negative errno.
 """
 
-from typing_extensions import Buffer
 from typing import Any
+
+from typing_extensions import Buffer
 
 CData = Any
 
@@ -132,7 +133,14 @@ class _Lib:
     def sluice_map_info(self, fd: int, info: CData) -> int: ...
     def sluice_link_info(self, fd: int, info: CData) -> int: ...
     def sluice_map_create(
-        self, type: int, name: bytes, key_size: int, value_size: int, max_entries: int, flags: int, inner_fd: int
+        self,
+        type: int,
+        name: bytes,
+        key_size: int,
+        value_size: int,
+        max_entries: int,
+        flags: int,
+        inner_fd: int,
     ) -> int: ...
     def sluice_link_create(self, prog_fd: int, ifindex: int, attach_type: int, flags: int) -> int: ...
     def sluice_link_update(self, link_fd: int, new_prog_fd: int) -> int: ...
@@ -143,7 +151,9 @@ class _Lib:
     def sluice_map_lookup_batch(
         self, fd: int, in_batch: CData, out_batch: CData, keys: CData, values: CData, count: CData
     ) -> int: ...
-    def sluice_map_update_batch(self, fd: int, keys: CData, values: CData, count: CData, flags: int) -> int: ...
+    def sluice_map_update_batch(
+        self, fd: int, keys: CData, values: CData, count: CData, flags: int
+    ) -> int: ...
     def sluice_map_delete_batch(self, fd: int, keys: CData, count: CData) -> int: ...
     def sluice_prog_next_id(self, start: int, next: CData) -> int: ...
     def sluice_map_next_id(self, start: int, next: CData) -> int: ...

@@ -24,7 +24,7 @@ from xdp.program import SteerProgram, load_bytecode
 from xdp.tables import compile_policy
 
 # r0 = XDP_PASS; exit
-PASS_EVERYTHING = bytes.fromhex("b700000002000000" "9500000000000000")
+PASS_EVERYTHING = bytes.fromhex("b7000000020000009500000000000000")
 
 
 class Foreign:
@@ -44,7 +44,9 @@ def main() -> None:
         policy = Policy.load(source)
         program = SteerProgram.load()
         program.swap(compile_policy(policy))
-    link = links.attach(program, socket.if_nametoindex(interface), "native" if mode == "native" else "generic")
+    link = links.attach(
+        program, socket.if_nametoindex(interface), "native" if mode == "native" else "generic"
+    )
     if state:
         started = start_time(os.getpid())
         assert started is not None

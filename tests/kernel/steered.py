@@ -121,7 +121,9 @@ class Steered:
         environment = {
             name: value for name, value in self.environment().items() if not name.startswith("COVERAGE")
         }
-        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=60)
+        return subprocess.run(
+            command, capture_output=True, text=True, check=False, env=environment, timeout=60
+        )
 
     def sluice(self, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
         """Run the command line in the namespace."""
@@ -139,7 +141,12 @@ class Steered:
         return document
 
     def hold(
-        self, policy: str | None = POLICY, *, interface: str = NEAR, mode: str = "native", state: Path | None = None
+        self,
+        policy: str | None = POLICY,
+        *,
+        interface: str = NEAR,
+        mode: str = "native",
+        state: Path | None = None,
     ) -> subprocess.Popen[str]:
         """Start an owner (of a foreign program if there is no policy) and wait until it is attached."""
         source = "foreign"

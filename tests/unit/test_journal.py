@@ -107,11 +107,11 @@ def test_what_it_became_counts(tmp_path: Path) -> None:
     """A driver that rounds: the value that is there later is the one to be recognised."""
     value = tmp_path / "value"
     value.write_text("0", encoding="ascii")
-    rounding = Setting(
-        "gro_flush_timeout",
-        lambda _interface: value.read_text(encoding="ascii"),
-        lambda _interface, wanted: value.write_text(str(int(wanted) // 10 * 10), encoding="ascii") and None,
-    )
+
+    def to_tens(_interface: str, wanted: str) -> None:
+        value.write_text(str(int(wanted) // 10 * 10), encoding="ascii")
+
+    rounding = Setting("gro_flush_timeout", lambda _interface: value.read_text(encoding="ascii"), to_tens)
     journal = Journal.open(IFINDEX, tmp_path)
     assert journal.set("eth1", rounding, "1234")
     assert Journal.open(IFINDEX, tmp_path).changes == (Change("gro_flush_timeout", "0", "1230"),)
