@@ -228,6 +228,28 @@ static void balance(struct sl_mmsg *m, struct sl_mmsg_statistics *s, uint32_t fr
 	CHECK(places[0] + places[1] + places[2] + places[3] == frames);
 }
 
+/*
+ * Takes what has come for the sender; with a batch, each must be one of its payloads, in
+ * their order (there is one socket).  Some may be missing: the sender's buffer was full.
+ */
+static uint32_t take(int sender, const struct sl_batch *b)
+{
+	static uint8_t answer[70000];
+	uint32_t i = 0, taken = 0;
+	ssize_t n;
+
+	while ((n = recv(sender, answer, sizeof(answer), MSG_DONTWAIT)) >= 0) {
+		taken++;
+		if (!b)
+			continue;
+		while (i < b->count && ((uint32_t)n != b->lengths[i] ||
+					memcmp(answer, b->data + b->offsets[i], n) != 0))
+			i++;
+		CHECK(i++ < b->count);
+	}
+	return taken;
+}
+
 static void sockets(int family, uint32_t large, int deliver)
 {
 	enum { HELD = 4 };
@@ -285,6 +307,17 @@ static void sockets(int family, uint32_t large, int deliver)
 			for (uint32_t k = 1; k < b->lengths[i]; k++)
 				CHECK((uint8_t)(at[k] - at[k - 1]) == 7);
 			CHECK(b->sources[i].port == from.port && b->sources[i].family == 4);
+		}
+		if (b->count && draw() % 2) {
+			uint32_t order[100], back_failed[100];
+			struct sl_send_result back = { 0 };
+			int32_t back_errors[100];
+
+			take(sender, NULL); /* heartbeats */
+			sl_mmsg_send_back(m, b, order, 1000, back_failed, back_errors, &back);
+			CHECK(!back.stopped && back.next == b->count);
+			CHECK(back.sent == b->count && !back.failed);
+			CHECK(take(sender, b) > 0);
 		}
 		balance(m, &statistics, frames);
 	}

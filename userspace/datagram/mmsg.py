@@ -32,6 +32,7 @@ from userspace.datagram.sockets import (
     ServiceSocket,
     SocketAddress,
     SocketLane,
+    close_sockets,
     open_service_sockets,
     socket_drops,
     socket_lanes,
@@ -293,10 +294,10 @@ class MmsgLanes:
             self.take_back(memory)
 
     def _send(self, out: CData, port: int | None, timeout: float) -> int:
-        sock = socket_of(self._sockets, port)
         count: int = out.count
         self._make_room(count)
-        return self._run(lib.sl_mmsg_send, (sock.fileno(), out), count, None, timeout)
+        number = socket_of(self._sockets, port)
+        return self._run(lib.sl_mmsg_send_from, (self._native, number, out), count, None, timeout)
 
     def _make_room(self, count: int) -> None:
         if self._closed:
@@ -409,7 +410,7 @@ class MmsgLanes:
             for i, name in enumerate(self.policy.lane_names)
         )
         # The kernel's own count is exact; what came along with datagrams lags behind it.
-        overflowed = raw.overflowed if self._closed else sum(socket_drops(sock) for _, sock in self._sockets)
+        overflowed = raw.overflowed if self._closed else socket_drops(self._sockets)
         return SocketStatistics(
             received=raw.received,
             delivered=raw.delivered,
@@ -439,7 +440,7 @@ class MmsgLanes:
         for _, sock in self._sockets:
             if self._native != ffi.NULL:
                 lib.sl_mmsg_remove(self._native, sock.fileno())
-            sock.close()
+        close_sockets(self._sockets)
         if self._abandoned:
             self._reclaim()
         self._free()

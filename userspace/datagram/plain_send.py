@@ -65,18 +65,18 @@ class Outcome:
 
 
 def send_plain(
-    groups: Sequence[tuple[socket.socket, list[Datagram]]], timeout: float, outcome: Outcome
+    groups: Sequence[tuple[socket.socket | None, list[Datagram]]], timeout: float, outcome: Outcome
 ) -> None:
     """Send through each socket what is to leave from there, and note what became of it.
 
     A datagram that the kernel refuses is skipped.  Waits for room ``timeout`` seconds
-    in all; what comes after is still tried, once.
+    in all; what comes after is still tried, once.  None is a socket that is no more.
     """
     deadline = time.monotonic() + timeout
     outcome.unsent = {index: errno.EINTR for _, datagrams in groups for index, _, _ in datagrams}
     for sock, datagrams in groups:
         for index, payload, to in datagrams:
-            error, earlier = _send_one(sock, payload, to, deadline)
+            error, earlier = _send_one(sock, payload, to, deadline) if sock else (errno.EBADF, 0)
             outcome.asynchronous += earlier
             if error:
                 outcome.unsent[index] = error

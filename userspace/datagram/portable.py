@@ -13,7 +13,6 @@ import errno
 import mmap
 import os
 import select
-import socket
 import time
 from array import array
 from collections import Counter
@@ -33,6 +32,7 @@ from userspace.datagram.sockets import (
     ServiceSocket,
     SocketAddress,
     SocketLane,
+    close_sockets,
     open_service_sockets,
     pack_name,
     socket_cookie,
@@ -159,14 +159,13 @@ class PortableLanes:
         now = time.monotonic()
         if now - self._checked < _CHECK:
             return
-        for (_, sock), cookie in zip(self._sockets, self._cookies, strict=True):
-            try:
-                same = socket_cookie(sock) == cookie
-            except OSError:
-                same = False
-            if not same:
-                raise gone("read", errno.EBADF)
+        if not all(map(self._is_there, range(len(self._sockets)))):
+            raise gone("read", errno.EBADF)
         self._checked = now
+
+    def _is_there(self, number: int) -> bool:
+        """Whether a descriptor still is the socket that it was."""
+        return socket_cookie(self._sockets[number].socket) == self._cookies[number]
 
     def try_receive(self, maximum: int = 256) -> Batch:
         """What is there now, without waiting."""
@@ -346,13 +345,13 @@ class PortableLanes:
     ) -> int:
         """As MmsgLanes.send."""
         self._opened()
-        sock = socket_of(self._sockets, port)
+        number = socket_of(self._sockets, port)
         to = SocketAddress.parse(destination)
         try:
             datagrams = [(index, memoryview(payload), to) for index, payload in enumerate(payloads)]
         except TypeError:
             raise UsageError("payloads are a sequence of bytes-like objects") from None
-        return self._send([(sock, datagrams)], timeout)
+        return self._send({number: datagrams}, timeout)
 
     def send_back(self, batch: Batch, *, timeout: float = 1.0) -> int:
         """As MmsgLanes.send_back."""
@@ -370,14 +369,22 @@ class PortableLanes:
                 payload = self._view[start : start + memory.lengths[index]]
                 to = SocketAddress.unpack(bytes(ffi.buffer(memory.sources + index)))
                 groups.setdefault(memory.sizes[index], []).append((index, payload, to))
-            return self._send([(self._sockets[i].socket, group) for i, group in groups.items()], timeout)
+            return self._send(groups, timeout)
         finally:
             self.take_back(memory)
 
-    def _send(self, groups: list[tuple[socket.socket, list[Datagram]]], timeout: float) -> int:
+    def _send(self, groups: dict[int, list[Datagram]], timeout: float) -> int:
+        """``groups``: what leaves from which socket."""
         outcome = Outcome()
         try:
-            send_plain(groups, timeout, outcome)
+            send_plain(
+                [
+                    (self._sockets[number].socket if self._is_there(number) else None, datagrams)
+                    for number, datagrams in groups.items()
+                ],
+                timeout,
+                outcome,
+            )
         finally:
             self.failures = outcome.failures
             self._counts["sent"] += outcome.sent
@@ -427,7 +434,7 @@ class PortableLanes:
             replied=counts["replied"],
             dropped={reason: count for reason, count in dropped.items() if count},
             discarded=dict(self._verdicts),
-            overflowed=sum(socket_drops(sock) for _, sock in self._sockets),
+            overflowed=socket_drops(self._sockets),
             errors=counts["errors"],
             sent=counts["sent"],
             send_failed=counts["send_failed"],
@@ -460,8 +467,7 @@ class PortableLanes:
             self._epoll = None
         if self._event >= 0:
             os.close(self._event)
-        for _, sock in getattr(self, "_sockets", ()):
-            sock.close()
+        close_sockets(getattr(self, "_sockets", ()))
 
     def __enter__(self) -> Self:
         return self

@@ -108,13 +108,13 @@ def socket_lanes(policy: Policy, quota: int | None = None) -> tuple[SocketLane, 
     )
 
 
-def socket_of(sockets: Sequence[ServiceSocket], port: int | None) -> socket.socket:
-    """The one of a service port, or the first.  Raises UsageError."""
+def socket_of(sockets: Sequence[ServiceSocket], port: int | None) -> int:
+    """Index of the one of a service port, or of the first.  Raises UsageError."""
     if port is None:
-        return sockets[0].socket
-    for service in sockets:
+        return 0
+    for index, service in enumerate(sockets):
         if service.port == port:
-            return service.socket
+            return index
     raise UsageError(f"no socket on port {port}", hint=f"ports are {[p for p, _ in sockets]}")
 
 
@@ -283,16 +283,33 @@ def _command(process: Path) -> str:
     return "".join(character if character.isprintable() else "?" for character in text)[:80]
 
 
-def socket_drops(sock: socket.socket) -> int:
-    """Datagrams that the kernel dropped at this socket: buffer full, bad checksum, filtered; modulo 2^32."""
-    raw = sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, 64)
-    words: Sequence[int] = struct.unpack(f"={len(raw) // 4}I", raw)
-    return words[_MEMINFO_DROPS]
+def socket_drops(sockets: Iterable[ServiceSocket]) -> int:
+    """Datagrams that the kernel dropped at these: buffer full, bad checksum, filtered; each modulo 2^32.
+
+    One whose descriptor was closed elsewhere has taken its count along.
+    """
+    drops = 0
+    for _, sock in sockets:
+        with contextlib.suppress(OSError):
+            raw = sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, 64)
+            words: Sequence[int] = struct.unpack(f"={len(raw) // 4}I", raw)
+            drops += words[_MEMINFO_DROPS]
+    return drops
+
+
+def close_sockets(sockets: Iterable[ServiceSocket]) -> None:
+    """Close all, also when the descriptor of one was closed elsewhere."""
+    for _, sock in sockets:
+        with contextlib.suppress(OSError):
+            sock.close()
 
 
 def socket_cookie(sock: socket.socket) -> bytes:
-    """The kernel's own number of a socket; raises OSError when its descriptor is no socket any more."""
-    return sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8)
+    """The kernel's own number of a socket; empty when its descriptor is closed, or no socket's any more."""
+    try:
+        return sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8)
+    except OSError:
+        return b""
 
 
 class SocketAddress(NamedTuple):

@@ -88,8 +88,15 @@ class _Lib:
     def sl_mmsg_release(self, m: CData, batch: CData) -> int: ...
     def sl_mmsg_read_statistics(self, m: CData, statistics: CData) -> None: ...
     def sl_mmsg_census(self, m: CData, counts: CData) -> None: ...
-    def sl_mmsg_send(
-        self, fd: int, out: CData, timeout_ms: int, failed_index: CData, failed_errno: CData, result: CData
+    def sl_mmsg_send_from(
+        self,
+        m: CData,
+        n: int,
+        out: CData,
+        timeout_ms: int,
+        failed_index: CData,
+        failed_errno: CData,
+        result: CData,
     ) -> None: ...
     def sl_mmsg_send_back(
         self,

@@ -156,12 +156,20 @@ void sl_mmsg_send(int fd, const struct sl_outgoing *out, int timeout_ms, uint32_
 		  int32_t *failed_errno, struct sl_send_result *result);
 
 /*
+ * The same through a socket of m, the n-th that was added (from 0), with EBADF when it is not
+ * there any more: never into whatever has got the number of a closed descriptor.
+ */
+void sl_mmsg_send_from(struct sl_mmsg *m, uint32_t n, const struct sl_outgoing *out, int timeout_ms,
+		       uint32_t *failed_index, int32_t *failed_errno,
+		       struct sl_send_result *result);
+
+/*
  * Sends every payload of a batch to where it came from, through the socket by
  * which it came: one socket after the other, the one with the batch's first
  * datagram first, so with no more calls of sendmmsg than that takes.  The batch
  * keeps its frames.
  *
- * As sl_mmsg_send, but a socket that can't be written to fails with its own
+ * As sl_mmsg_send_from, but a socket that can't be written to fails with its own
  * datagrams only.  So result->stopped is 0, or EINTR: then call again with the
  * same result and order[] (room for the batch's count; its contents are kept from the
  * call with result->next 0) for the rest of the time.  The batch must be one that m filled.

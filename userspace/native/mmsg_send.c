@@ -187,6 +187,21 @@ void sl_mmsg_send(int fd, const struct sl_outgoing *out, int timeout_ms, uint32_
 	send_all(fd, family, out, now_ms() + timeout_ms, failed_index, failed_errno, result);
 }
 
+static void send_through(const struct sl_socket *s, const struct sl_outgoing *out, int64_t deadline,
+			 uint32_t *failed_index, int32_t *failed_errno,
+			 struct sl_send_result *result)
+{
+	result->stopped = sl_mmsg_check_socket(s);
+	if (!result->stopped)
+		send_all(s->fd, s->family, out, deadline, failed_index, failed_errno, result);
+}
+
+void sl_mmsg_send_from(struct sl_mmsg *m, uint32_t n, const struct sl_outgoing *out, int timeout_ms,
+		       uint32_t *failed_index, int32_t *failed_errno, struct sl_send_result *result)
+{
+	send_through(&m->socket[n], out, now_ms() + timeout_ms, failed_index, failed_errno, result);
+}
+
 /*
  * Puts the datagrams of each socket together, the sockets in the order in which
  * they first appear (so the one with the highest lane is not kept waiting), and the
@@ -232,11 +247,8 @@ void sl_mmsg_send_back(struct sl_mmsg *m, const struct sl_batch *batch, uint32_t
 		out.count = result->next + 1;
 		while (out.count < batch->count && batch->sizes[order[out.count]] == socket)
 			out.count++;
-		/* Never into whatever has got the number of a descriptor that was closed. */
-		result->stopped = sl_mmsg_check_socket(&m->socket[socket]);
-		if (!result->stopped)
-			send_all(m->socket[socket].fd, m->socket[socket].family, &out, deadline,
-				 failed_index, failed_errno, result);
+		send_through(&m->socket[socket], &out, deadline, failed_index, failed_errno,
+			     result);
 		if (result->stopped == EINTR)
 			return;
 		while (result->next < out.count)
