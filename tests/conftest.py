@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from sluice_cli.lab import Lab
+from sluice_cli.skips import FEATURE, VECTORS, lacking, vectors_folder
+from xdp.probe import probe_host
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,11 +33,26 @@ def lab(make_lab: Callable[..., Lab]) -> Lab:
 
 @pytest.fixture(scope="session")
 def vectors() -> Path:
-    """The folder with real captures; SLUICE_VECTORS, or ../shared/vectors next to the repository."""
-    folder = Path(os.environ.get("SLUICE_VECTORS", ROOT.parent / "shared" / "vectors"))
+    """The folder with real captures, which are no part of the repository."""
+    folder = vectors_folder(ROOT)
     if not folder.is_dir():
-        pytest.skip(f"no test vectors in {folder} (set SLUICE_VECTORS)")
+        pytest.skip(f"{VECTORS}{folder} (set SLUICE_VECTORS)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def lacking_features() -> frozenset[str]:
+    """The topics of `sluice doctor` in which this kernel can't do everything."""
+    return lacking(probe_host())
+
+
+@pytest.fixture(autouse=True)
+def skip_without_feature(request: pytest.FixtureRequest) -> None:
+    """``@pytest.mark.feature("AF_XDP sockets")``: skipped when the probe says that the kernel has none."""
+    for mark in request.node.iter_markers("feature"):
+        lacks: frozenset[str] = request.getfixturevalue("lacking_features")
+        if mark.args[0] in lacks:
+            pytest.skip(f"{FEATURE}{mark.args[0]}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -248,9 +248,7 @@ def test_limits_hold_across_cpus(runs: SteerRuns, limit: str) -> None:
     cpus = sorted(
         os.sched_getaffinity(threading.main_thread().native_id or 0) | set(range(os.cpu_count() or 1))
     )
-    cpus = cpus[:4]
-    if len(cpus) < 2:
-        pytest.skip("this machine has a single CPU")
+    cpus = cpus[:4]  # on a single CPU the limit holds as well, but nothing races
     rate, burst = 200_000, 100
     words = f"rate = {rate}\n{{0}}burst = {burst}\n"
     rule = "" if limit == "lane" else f"{limit}_{words.format(limit + '_')}"

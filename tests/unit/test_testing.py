@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from sluice_cli.output import Output
+from sluice_cli.skips import FEATURE, KERNEL_TOPICS, VECTORS, lacking, unexcused, vectors_folder
 from sluice_cli.testing import (
     Result,
     coverage_data,
@@ -27,6 +28,7 @@ from sluice_cli.testing import (
     show,
 )
 from xdp.errors import SluiceError
+from xdp.probe import Finding, probe_host
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -92,7 +94,66 @@ def test_skip_is_a_failure_where_the_kernel_is_meant(checkout: Path) -> None:
     add_test(checkout, "kernel", SKIPPING)
     result = run(checkout, "kernel")
     assert (result.passed, result.skipped) == (1, 1)
-    assert result.problem == "1 skipped, which proves nothing"
+    assert result.problem == "1 skipped, which proves nothing: no kernel"
+
+
+def skipping(reason: str) -> str:
+    return f"import pytest\ndef test_a(): pytest.skip({reason!r})\ndef test_b(): pass\n"
+
+
+def test_absent_vectors_excuse_a_skip(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLUICE_VECTORS", raising=False)
+    add_test(checkout, "kernel", skipping(f"{VECTORS}/somewhere"))
+    result = run(checkout, "kernel")
+    assert (result.skipped, result.problem) == (1, "")
+    # Named ones have to be there.
+    monkeypatch.setenv("SLUICE_VECTORS", str(checkout / "nowhere"))
+    assert "1 skipped, which proves nothing" in run(checkout, "kernel").problem
+
+
+def test_vectors_that_are_there_excuse_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLUICE_VECTORS", raising=False)
+    reason = f"{VECTORS}{tmp_path}"
+    assert unexcused([reason], tmp_path / "checkout") == []
+    (tmp_path / "shared/vectors").mkdir(parents=True)
+    assert vectors_folder(tmp_path / "checkout") == tmp_path / "shared/vectors"
+    assert unexcused([reason], tmp_path / "checkout") == [reason]
+
+
+def test_only_features_that_the_probe_misses_excuse_a_skip(tmp_path: Path) -> None:
+    """The probe's word counts, not the test's."""
+    have = next(one.topic for one in probe_host() if one.topic in KERNEL_TOPICS and one.state == "ok")
+    reasons = [f"{FEATURE}{have}", f"{FEATURE}", f"{FEATURE}nonsense"]
+    assert unexcused(reasons, tmp_path) == reasons
+    findings = [
+        Finding("AF_XDP sockets", "missing", ""),
+        Finding("huge pages", "warn", ""),
+        Finding("kernel", "ok", ""),
+    ]
+    assert lacking(findings) == {"AF_XDP sockets"}
+
+
+def test_feature_topics_are_the_probes() -> None:
+    assert {one.topic for one in probe_host()} >= KERNEL_TOPICS
+
+
+def test_feature_marker_skips_by_the_probe(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real conftest, with a probe that misses one thing."""
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tools'}")
+    (checkout / "tests/conftest.py").write_text((ROOT / "tests/conftest.py").read_text(encoding="utf-8"))
+    add_test(
+        checkout,
+        "unit",
+        "import pytest\n"
+        "@pytest.fixture(scope='session')\n"
+        "def lacking_features(): return frozenset({'sk_reuseport'})\n"
+        "@pytest.mark.feature('sk_reuseport')\n"
+        "def test_a(): assert 0\n"
+        "@pytest.mark.feature('kernel')\n"
+        "def test_b(): pass\n",
+    )
+    result = run(checkout, "unit", "-p", "no:cacheprovider")
+    assert (result.passed, result.skips) == (1, ["this kernel lacks: sk_reuseport"])
 
 
 def test_skip_is_shown_elsewhere(checkout: Path) -> None:
@@ -134,7 +195,7 @@ def test_torn_report_counts_nothing(tmp_path: Path, text: str) -> None:
     report.write_text(text, encoding="utf-8")
     result = read_report("unit", report)
     assert (result.passed, result.failed) == (0, 0)
-    assert judge(result, 0, filtered=False) == "nothing was tested"
+    assert judge(result, 0, tmp_path, filtered=False) == "nothing was tested"
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,13 @@ import tempfile
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
 
 from sluice_cli.output import Output, Table, common_options
+from sluice_cli.skips import unexcused
 from xdp.errors import PermissionsError, SluiceError, UnsupportedError, UsageError
 
 LEVELS = {
@@ -34,7 +35,7 @@ LEVELS = {
     "simulation": "networks in virtual time",
 }
 
-# Of these a skipped test means that something went unproved: it counts as failed.
+# Of these a skipped test means that something went unproved: it counts as failed; see sluice_cli.skips.
 NEED_BPF = ("kernel", "traffic")
 
 # pytest's exit codes, https://docs.pytest.org/en/stable/reference/exit-codes.html
@@ -59,6 +60,7 @@ class Result:
     skipped: int = 0
     seconds: float = 0.0
     problem: str = ""
+    skips: list[str] = field(default_factory=list)  # their reasons
 
 
 @click.command()
@@ -207,7 +209,7 @@ def run_level(root: Path, level: str, arguments: Sequence[str], data: Path | Non
         code = run_to_end(command, root, environment, output)
         result = read_report(level, report)
     result.seconds = time.monotonic() - start
-    result.problem = judge(result, code, filtered=bool(arguments))
+    result.problem = judge(result, code, root, filtered=bool(arguments))
     return result
 
 
@@ -247,10 +249,11 @@ def read_report(level: str, report: Path) -> Result:
         result.failed += failed
         result.skipped += skipped
         result.passed += int(suite.get("tests", 0)) - failed - skipped
+        result.skips += [one.get("message", "") for one in suite.iter("skipped")]
     return result
 
 
-def judge(result: Result, code: int, *, filtered: bool) -> str:
+def judge(result: Result, code: int, root: Path, *, filtered: bool) -> str:
     """Why a level failed, from its counts and pytest's exit code; "" when it did not."""
     if code < 0:
         return f"ended by {signal.Signals(-code).name}"
@@ -262,8 +265,8 @@ def judge(result: Result, code: int, *, filtered: bool) -> str:
         return f"{result.failed} failed"
     if code:
         return f"pytest gave up with exit code {code}"
-    if result.skipped and result.level in NEED_BPF:
-        return f"{result.skipped} skipped, which proves nothing"
+    if result.level in NEED_BPF and (skips := unexcused(result.skips, root)):
+        return f"{len(skips)} skipped, which proves nothing: {skips[0]}"
     if not result.passed and not filtered:
         return "nothing was tested"
     return ""
