@@ -35,6 +35,7 @@ from tests.kernel.owned import (
     until,
 )
 from userspace.datagram import messages
+from userspace.datagram.claim import Claim
 from userspace.datagram.handover import OwnerConnection
 from userspace.datagram.owned_lanes import open_owned
 from xdp.errors import BusyError, OwnerGoneError, UsageError
@@ -360,6 +361,15 @@ class TestStarting:
         expect(running, "OwnerGoneError")
         assert program_of(lab) is None
         assert left_behind(lab) == []
+
+    def test_a_pin_of_a_deleted_interface_is_removed_by_any_start(self, lab: Lab, tmp_path: Path) -> None:
+        with Lab() as gone:
+            persistent = Up(gone, tmp_path, KERNEL_POLICY, "--persist")
+            assert persistent.process.wait(SECONDS) == 0
+        assert Path(str(persistent.ready["pin"])).exists()
+        with lab.server.enter():
+            Claim("srv0", lab.server.ifindex, pytest.fail).release("srv0")
+        assert not Path(str(persistent.ready["pin"])).exists()
 
     def test_down_ends_it(self, lab: Lab, tmp_path: Path) -> None:
         up = Up(lab, tmp_path, POLICY)

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from userspace.datagram.pinned import sweep_pins
 from xdp.errors import SluiceError
 from xdp.interface import Tuning
 from xdp.inventory import namespace_inode
@@ -26,7 +27,9 @@ class Claim:
         """
         self._notify = notify
         self._state: Path | None = None
-        sweep(prepare())
+        run = prepare()
+        sweep_pins()
+        sweep(run)
         self._lock = InterfaceLock.take(interface, ifindex)
         try:
             self._journal = Journal.open(ifindex)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from xdp.bpffs import mount_bpffs
 from xdp.errors import BusyError
+from xdp.inventory import PIN_ROOT
 from xdp.link import Link, program_name
 from xdp.program import SteerProgram
 from xdp.state import pin_folder
@@ -66,6 +67,17 @@ def take_over(interface: str, ifindex: int, program: SteerProgram) -> Link | Non
         _unpin(path)
         cleanup.pop_all()
     return link
+
+
+def sweep_pins() -> list[Path]:
+    """Remove pins whose interface was deleted: they keep a program in memory that sees no packet."""
+    removed = []
+    for path in sorted(PIN_ROOT.glob("*/link")):
+        with contextlib.closing(Link.from_pin(path)) as link:
+            if link.ifindex == 0:
+                _unpin(path)
+                removed.append(path)
+    return removed
 
 
 def _unpin(path: Path) -> None:
