@@ -85,7 +85,7 @@ def _busy_ticks() -> float:
         int(value) for value in Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:]
     ]
     idle = fields[3] + fields[4]
-    return (sum(fields[:8]) - idle) / 100  # USER_HZ is 100 on all architectures
+    return (sum(fields[:8]) - idle) / os.sysconf("SC_CLK_TCK")
 
 
 class Room:

@@ -12,8 +12,10 @@ end was lost by us or dropped with a reason, and the sums must show which.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import select
 import subprocess
 import sys
@@ -28,16 +30,20 @@ from typing import Any, Final
 import click
 
 from sluice_cli.demo_receiver import Arguments
-from sluice_cli.demo_report import build_report, tables
+from sluice_cli.demo_report import build_report, live_table, tables
+from sluice_cli.example_policy import example_policy
 from sluice_cli.generator import Generator, Stream
-from sluice_cli.lab import Lab
+from sluice_cli.lab import CLIENT_V4, Lab
 from sluice_cli.output import Output, common_options, examples
 from sluice_cli.pcap import Capture
+from sluice_cli.peers import Filter, peer_document
+from sluice_cli.peers import select as busiest
 from sluice_cli.replay import Sender, Summary, replay_capture
 from sluice_cli.status_sample import read_counters
 from sluice_cli.traffic import (
     SHRED_STAMP,
     VOTE_STAMP,
+    Address,
     Template,
     shred_payload,
     udp_frame,
@@ -47,10 +53,11 @@ from xdp import inventory
 from xdp.classify import Classifier
 from xdp.counters import Counters
 from xdp.errors import SluiceError, UsageError
+from xdp.names import Names
 from xdp.policy import Policy
 
 #: The validator's example; the lab's client is one of its staked peers.
-POLICY: Final = Path(__file__).resolve().parents[2] / "docs" / "examples" / "validator.toml"
+POLICY: Final = "validator.toml"
 
 VOTE_PORT: Final = 8005
 TURBINE_PORT: Final = 8002
@@ -58,11 +65,13 @@ VOTES: Final = 2000  # packets per second, half of them IPv6; a large cluster's 
 SHREDS: Final = 1000  # packets per second of each kind
 FLOOD: Final = 300_000  # packets per second, unless the machine is slower
 FLOOD_SOURCES: Final = 4096
-#: The lowest lane is worked at this rate; the flood must be ten times as much.
-SLOW_RATE: Final = 20_000.0
-_CAPTURE_RATE: Final = 2000.0
+#: The lowest lane is worked at this rate; ten times as much must come in, also on a machine that is slower.
+SLOW_RATE: Final = 10_000.0
+_CAPTURE_RATE: Final = 2000.0  # datagrams per second
+_PIPE_BYTES: Final = 65536
 _START_TIMEOUT: Final = 60.0  # seconds; compiling takes 2 of them on an idle machine
 _FINISH_TIMEOUT: Final = 60.0
+_END_TIMEOUT: Final = 10.0
 
 
 @dataclass
@@ -80,8 +89,11 @@ class ReceiverProcess:
     def __init__(self, lab: Lab, arguments: Arguments) -> None:
         command = [sys.executable, "-m", "sluice_cli.demo_receiver", json.dumps(asdict(arguments))]
         self._process = lab.server.popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
+        assert self._process.stdout is not None
+        self._pipe = self._process.stdout.fileno()
+        self._said = b""
         self.latest: dict[str, Any] = {}
 
     def wait_ready(self) -> dict[str, Any]:
@@ -90,18 +102,17 @@ class ReceiverProcess:
 
     def poll(self) -> None:
         """Take in the reports that have come."""
-        assert self._process.stdout is not None
-        while select.select([self._process.stdout], [], [], 0)[0]:
-            line = self._process.stdout.readline()
-            if not line:
-                raise self._failed()
+        while (line := self._line(0)) is not None:
             self.latest = json.loads(line)
 
     def finish(self) -> dict[str, Any]:
         """Let it drain its lanes; the last report."""
         assert self._process.stdin is not None
-        self._process.stdin.write("finish\n")
-        self._process.stdin.flush()
+        try:
+            self._process.stdin.write(b"finish\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._failed() from None
         while True:
             report = self._next(_FINISH_TIMEOUT)
             if "frames_balanced" in report:
@@ -110,9 +121,10 @@ class ReceiverProcess:
     def close(self) -> None:
         """End it; its program goes off the interface with it."""
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         try:
-            self._process.wait(10)
+            self._process.wait(_END_TIMEOUT)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -120,19 +132,30 @@ class ReceiverProcess:
             if stream is not None:
                 stream.close()
 
+    def _line(self, timeout: float) -> bytes | None:
+        """The next whole line, or None when none came in time."""
+        deadline = time.monotonic() + timeout
+        while b"\n" not in self._said:
+            left = max(0.0, deadline - time.monotonic())
+            if not select.select([self._pipe], [], [], left)[0]:
+                return None
+            more = os.read(self._pipe, _PIPE_BYTES)
+            if not more:
+                raise self._failed()
+            self._said += more
+        line, _, self._said = self._said.partition(b"\n")
+        return line
+
     def _next(self, timeout: float) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        if not select.select([self._process.stdout], [], [], timeout)[0]:
+        line = self._line(timeout)
+        if line is None:
             raise SluiceError(f"the demo's receiver said nothing for {timeout:.0f} s")
-        line = self._process.stdout.readline()
-        if not line:
-            raise self._failed()
         found: dict[str, Any] = json.loads(line)
         return found
 
     def _failed(self) -> SluiceError:
         assert self._process.stderr is not None
-        said = self._process.stderr.read()
+        said = self._process.stderr.read().decode(errors="replace")
         last = said.strip().splitlines()[-1] if said.strip() else "no word of why"
         return SluiceError(f"the demo's receiver ended: {last}", detail=said)
 
@@ -159,19 +182,27 @@ def streams(lab: Lab, flood: int, *, shreds: bool) -> list[Stream]:
     return found
 
 
-def send_capture(path: Path, lab: Lab, policy: Policy, sent: Sent) -> Summary:
-    """Replay a capture's datagrams to the turbine port, noting what must arrive in which lane."""
+def expect_capture(path: Path, source: Address, policy: Policy, sent: Sent) -> None:
+    """Read a capture and note which of its datagrams must arrive in which lane.
+
+    Raises:
+        UsageError: it holds no UDP datagram.
+    """
     classifier = Classifier(policy)
     names = [lane.name for lane in policy.lanes]
     for datagram in Capture(path):
-        verdict = classifier.classify_datagram(
-            lab.client.ipv4, TURBINE_PORT, bytes(datagram.payload), time.monotonic_ns()
-        )
+        payload = bytes(datagram.payload)
+        verdict = classifier.classify_datagram(source, TURBINE_PORT, payload, time.monotonic_ns())
         if verdict.lane is not None:
             lane = names[verdict.lane]
             sent.packets[lane] += 1
-            digest = hashlib.sha256(datagram.payload).hexdigest()
-            sent.digests.setdefault(lane, Counter())[digest] += 1
+            sent.digests.setdefault(lane, Counter())[hashlib.sha256(payload).hexdigest()] += 1
+    if not sent.packets:
+        raise UsageError(f"{path} holds no UDP datagrams", hint="`sluice replay --help` says what is read")
+
+
+def send_capture(path: Path, lab: Lab) -> Summary:
+    """Replay its datagrams to the turbine port."""
     with lab.client.enter(), Sender(lab.server.ipv4, TURBINE_PORT) as sender:
         return replay_capture(Capture(path), sender, pace=_CAPTURE_RATE)
 
@@ -193,7 +224,7 @@ def _counters(lab: Lab) -> Counters:
 @click.option("--flood", type=click.IntRange(1000, 20_000_000), default=FLOOD, show_default=True,
               help="Packets per second into the lowest lane.")  # fmt: skip
 @common_options
-def demo(output: Output, pcap: Path | None, seconds: float, flood: int) -> None:
+def demo(output: Output, pcap: Path | None, seconds: float, flood: int) -> int:
     """Show the promise: votes arrive while the low lane is flooded.
 
     Builds two hosts on this machine, loads the validator's example policy on one,
@@ -201,25 +232,30 @@ def demo(output: Output, pcap: Path | None, seconds: float, flood: int) -> None:
     and takes everything down.  Exit code 0 only when the highest lane lost nothing
     and all counters add up.
     """
-    policy = Policy.load(POLICY)
+    path = example_policy(POLICY)
+    policy = Policy.load(path)
     if pcap is not None and not pcap.is_file():
         raise UsageError(f"there is no file {pcap}", hint="give a pcap or pcapng file with UDP datagrams")
-    document = _run(output, policy, pcap, seconds, flood)
+    document = _run(output, path, policy, pcap, seconds, flood)
     output.report(document, lambda: output.tables(tables(document)))
-    if not document["ok"]:
-        raise SystemExit(1)
+    return 0 if document["ok"] else 1
 
 
-def _run(output: Output, policy: Policy, pcap: Path | None, seconds: float, flood: int) -> dict[str, Any]:
+def _run(
+    output: Output, path: Path, policy: Policy, pcap: Path | None, seconds: float, flood: int
+) -> dict[str, Any]:
     names = [lane.name for lane in policy.lanes]
     arguments = Arguments(
-        policy=str(POLICY),
+        policy=str(path),
         interface="",
         slow_lane=names.index("bulk"),
         slow_rate=SLOW_RATE,
         digest_lanes=[] if pcap is None else [names.index("shreds-data"), names.index("shreds-code")],
     )
     with ExitStack() as cleanup:
+        sent = Sent()
+        if pcap is not None:  # a file that can't be read is told before anything is built
+            expect_capture(pcap, CLIENT_V4.ip, policy, sent)
         output.progress("building the lab")
         lab = cleanup.enter_context(Lab(static_neighbours=True))
         arguments.interface = lab.server.interface
@@ -228,11 +264,10 @@ def _run(output: Output, policy: Policy, pcap: Path | None, seconds: float, floo
         cleanup.callback(receiver.close)
         ready = receiver.wait_ready()
         output.progress(f"lanes are open ({ready['mode']}); sending for {seconds:g} s")
-        generator = cleanup.enter_context(Generator(lab.client, cpu=0))
-        sent = Sent()
+        generator = cleanup.enter_context(Generator(lab.client, cpu=min(os.sched_getaffinity(0))))
         began = time.monotonic()
         generator.start(streams(lab, flood, shreds=pcap is None), seconds)
-        capture = None if pcap is None else send_capture(pcap, lab, policy, sent)
+        capture = None if pcap is None else send_capture(pcap, lab)
         _watch(output, lab, receiver, generator, names)
         result = generator.wait()
         for stream in result.streams:
@@ -248,7 +283,7 @@ def _run(output: Output, policy: Policy, pcap: Path | None, seconds: float, floo
             capture=None if capture is None else capture.document(),
             receiver=last,
             counters=_counters(lab),
-            peers=_peers(lab),
+            peers=_peers(lab, policy),
             seconds=result.seconds or (time.monotonic() - began),
         )
 
@@ -263,8 +298,6 @@ def _watch(
     """Until the generator is done: a live table for those who watch."""
 
     def frames() -> Iterator[tuple[dict[str, Any], Any]]:
-        from sluice_cli.demo_report import live_table
-
         while generator.running:
             receiver.poll()
             table = live_table(names, generator.result(), receiver.latest, _counters(lab))
@@ -286,12 +319,10 @@ def _pause(generator: Generator) -> None:
         time.sleep(0.02)
 
 
-def _peers(lab: Lab) -> list[dict[str, Any]]:
-    from sluice_cli.map_view import names_of
-    from sluice_cli.peers import Filter, peer_document, select
-
+def _peers(lab: Lab, policy: Policy) -> list[dict[str, Any]]:
+    names = Names.from_policy(policy)
     with lab.server.enter():
-        one = inventory.find(lab.server.interface)
-        names = names_of(one)
-        found, _ = select(one, names, Filter(5, "packets", None, None, everything=False))
-        return [peer_document(peer, names) for peer in found]
+        found, _ = busiest(
+            inventory.find(lab.server.interface), names, Filter(5, "packets", None, None, everything=False)
+        )
+    return [peer_document(peer, names) for peer in found]

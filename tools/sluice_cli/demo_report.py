@@ -37,7 +37,7 @@ def build_report(
     balanced = counters.balanced and bool(receiver["frames_balanced"])
     for number, lane in enumerate(policy.lanes):
         seen = counters.lanes[number]
-        received = receiver["received"][number] if number < len(receiver["received"]) else 0
+        received = _of_lane(receiver["received"], number) or 0
         dropped = {
             reason: count.packets for reason, count in seen.verdicts.items() if reason.startswith("drop_")
         }
@@ -59,9 +59,7 @@ def build_report(
                 "lost_before_program": sent.get(lane.name, 0) - seen.seen.packets,
                 "dropped": dropped,
                 "packets_per_second": round(received / seconds) if seconds else 0,
-                "latency_us": receiver["latency_us"][number]
-                if number < len(receiver["latency_us"])
-                else None,
+                "latency_us": _of_lane(receiver["latency_us"], number) or {"p50": None, "p99": None},
                 "balanced": lane_balanced,
             }
         )
@@ -87,6 +85,11 @@ def build_report(
     return document
 
 
+def _of_lane(values: Sequence[Any], number: int) -> Any:
+    """The receiver knows of no lane below its lowest one."""
+    return values[number] if number < len(values) else None
+
+
 def _payloads(
     sent: Mapping[str, Counter[str]], received: Mapping[str, Sequence[str]], names: Sequence[str]
 ) -> dict[str, dict[str, int]]:
@@ -102,8 +105,9 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:,.0f}"
 
 
-def _latency(found: Mapping[str, float] | None, which: str) -> str:
-    return "-" if not found else f"{found[which]:,.1f}"
+def _latency(found: Mapping[str, float | None] | None, which: str) -> str:
+    value = found[which] if found else None
+    return "-" if value is None else f"{value:,.1f}"
 
 
 def live_table(
@@ -117,13 +121,13 @@ def live_table(
     latencies = receiver.get("latency_us", [])
     rows = []
     for number, name in enumerate(names):
-        latency = latencies[number] if number < len(latencies) else None
+        latency = _of_lane(latencies, number)
         rows.append(
             [
                 name,
                 _number(by_lane.get(name, 0)),
                 _number(counters.lanes[number].seen.packets),
-                _number(received[number] if number < len(received) else 0),
+                _number(_of_lane(received, number) or 0),
                 _number(receiver.get("ring_full", {}).get(name, 0)),
                 _latency(latency, "p50"),
                 _latency(latency, "p99"),
@@ -162,7 +166,7 @@ def tables(document: Mapping[str, Any]) -> list[Table]:
         title="busiest peers",
         columns=["address", "class", "packets", "drops"],
         rows=[
-            [str(peer["address"]), str(peer["class"]), _number(peer["packets"]), _number(peer["drops"])]
+            [str(peer["address"]), str(peer["class_name"]), _number(peer["packets"]), _number(peer["drops"])]
             for peer in document["peers"]
         ],
         right=frozenset({2, 3}),

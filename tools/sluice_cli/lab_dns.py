@@ -9,6 +9,9 @@ its name, and answers repeat the question, so it is known which were answered.
 
 from __future__ import annotations
 
+import json
+import os
+import select
 import shutil
 import socket
 import struct
@@ -19,25 +22,29 @@ import threading
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Final
 
 import click
+from pyroute2 import IPRoute
 
+from sluice_cli.example_policy import example_policy
 from sluice_cli.generator import Generator, Stream
 from sluice_cli.lab import Lab
 from sluice_cli.output import Output, Table, common_options, examples
 from sluice_cli.traffic import STAMP_BYTES, Template, udp_frame
 from xdp.errors import SluiceError, UnsupportedError
 
-POLICY: Final = Path(__file__).resolve().parents[2] / "docs" / "examples" / "dns.toml"
+POLICY: Final = "dns.toml"
 
 DNS_PORT: Final = 53
 QUERY_PORT: Final = 5353
 ZONE: Final = "lab.example"
 QUERY_RATE: Final = 1000  # questions per second of the known resolver
 FLOOD_SOURCES: Final = 32768
-_START_SECONDS: Final = 20.0
+STRANGERS: Final = IPv4Network("10.81.64.0/18")
+_START_SECONDS: Final = 60.0  # of the server or of `sluice up`, which compiles; on a busy machine
 #: After the last question, for answers that are on their way.
 _QUIET_SECONDS: Final = 0.5
 _RECEIVE_BUFFER: Final = 8 << 20
@@ -49,13 +56,14 @@ STAMP: Final = 12 + 3 + 1
 
 @dataclass(frozen=True)
 class Run:
-    """One flood."""
+    """One flood.  ``refused``: packets, of both, that the server's end of the cable had no room for."""
 
     sluice: bool
     queries: int
     answered: int
     flood: int
     flood_per_second: int
+    refused: int
 
     @property
     def lost(self) -> int:
@@ -142,15 +150,15 @@ def start_server(lab: Lab, directory: Path) -> subprocess.Popen[bytes]:
         encoding="ascii",
     )
     server = lab.server.popen([program, "-d", "-c", str(configuration)], stderr=subprocess.DEVNULL)
-    _wait_for_answer(lab, directory)
+    _wait_for_answer(lab, server, directory)
     return server
 
 
-def _wait_for_answer(lab: Lab, directory: Path) -> None:
+def _wait_for_answer(lab: Lab, server: subprocess.Popen[bytes], directory: Path) -> None:
     with lab.client.enter(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
         asking.settimeout(0.2)
         deadline = time.monotonic() + _START_SECONDS
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline and server.poll() is None:
             try:
                 asking.sendto(query(), (str(lab.server.ipv4), DNS_PORT))
                 asking.recv(2048)
@@ -162,16 +170,41 @@ def _wait_for_answer(lab: Lab, directory: Path) -> None:
     raise SluiceError("the DNS server does not answer", hint="--verbose shows its log", detail=said)
 
 
-def start_sluice(lab: Lab) -> subprocess.Popen[str]:
-    """``sluice up`` on the server, with the example policy alone."""
-    command = [sys.executable, "-m", "sluice_cli", "up", lab.server.interface, str(POLICY)]
-    process = lab.server.popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start_sluice(lab: Lab, directory: Path) -> subprocess.Popen[str]:
+    """``sluice up`` on the server, with the example policy alone; ready."""
+    policy = example_policy(POLICY)
+    command = [sys.executable, "-m", "sluice_cli", "up", lab.server.interface, str(policy), "--json"]
+    command += ["--socket", str(directory / "lanes.sock")]
+    log = directory / "up.log"
+    with log.open("w", encoding="utf-8") as errors:
+        process = lab.server.popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
     assert process.stdout is not None
-    assert process.stderr is not None
-    if not process.stdout.readline():
-        said = process.stderr.read()
-        raise SluiceError("`sluice up` failed", hint=said.strip().splitlines()[0] if said.strip() else "")
+    line = process.stdout.readline() if select.select([process.stdout], [], [], _START_SECONDS)[0] else ""
+    try:
+        said = json.loads(line)
+    except ValueError:
+        said = {}
+    if said.get("event") != "ready":
+        error = said.get("error", {})
+        raise SluiceError(
+            f"`sluice up` failed: {error.get('message', 'it said nothing')}",
+            hint=error.get("hint", "--verbose shows its log"),
+            detail=log.read_text(encoding="utf-8", errors="replace"),
+        )
     return process
+
+
+def _route_strangers(lab: Lab) -> None:
+    """Their answers go by way of the client, as they would by a router.
+
+    Else the server's kernel looks for each of them on the link, and fills the neighbour table, which all
+    network namespaces of the machine share.
+    """
+    with IPRoute(netns=lab.server.namespace, flags=0) as route:
+        route.route("add", dst=str(STRANGERS), gateway=str(lab.client.ipv4))
+    # The client neither forwards nor answers them.
+    with IPRoute(netns=lab.client.namespace, flags=0) as route:
+        route.route("add", dst=str(STRANGERS), type="blackhole")
 
 
 def run_once(output: Output, *, sluice: bool, seconds: float, flood: int) -> Run:
@@ -179,19 +212,22 @@ def run_once(output: Output, *, sluice: bool, seconds: float, flood: int) -> Run
     with ExitStack() as cleanup:
         directory = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="sluice-dns-")))
         lab = cleanup.enter_context(Lab(static_neighbours=True))
+        _route_strangers(lab)
         start_server(lab, directory)
         if sluice:
             output.progress("with Sluice: sluice up")
-            start_sluice(lab)
+            process = start_sluice(lab, directory)
+            assert process.stdout is not None
+            cleanup.callback(process.stdout.close)
         else:
             output.progress("without Sluice")
             lab.server.attach_pass()  # the generator's frames need a program at the other end of a veth
-        generator = cleanup.enter_context(Generator(lab.client, cpu=0))
+        generator = cleanup.enter_context(Generator(lab.client, cpu=min(os.sched_getaffinity(0))))
         answers = Answers(lab)
         cleanup.callback(answers.close)
         question = query()
         known = udp_frame(lab.client, lab.server, DNS_PORT, question, source_port=QUERY_PORT)
-        stranger = type(lab.client.ipv4)("10.81.64.0")
+        stranger = STRANGERS.network_address
         other = udp_frame(lab.client, lab.server, DNS_PORT, question, source_address=stranger)
         generator.start(
             [
@@ -209,6 +245,7 @@ def run_once(output: Output, *, sluice: bool, seconds: float, flood: int) -> Run
             answered=len(answers.numbers),
             flood=flooded.sent,
             flood_per_second=round(flooded.sent / flooded.seconds) if flooded.seconds else 0,
+            refused=result.refused,
         )
 
 
@@ -226,7 +263,7 @@ def run_once(output: Output, *, sluice: bool, seconds: float, flood: int) -> Run
               help="Packets per second from strangers.")  # fmt: skip
 @click.option("--only", type=click.Choice(["with", "without"]), help="Run only one of the two.")
 @common_options
-def dns(output: Output, seconds: float, flood: int, only: str | None) -> None:
+def dns(output: Output, seconds: float, flood: int, only: str | None) -> int:
     """Flood an unmodified DNS server, without Sluice and with it.
 
     Exit code 0 only when, with Sluice, every question of the known resolver was answered.
@@ -236,8 +273,7 @@ def dns(output: Output, seconds: float, flood: int, only: str | None) -> None:
     ok = all(run.lost == 0 and run.queries > 0 for run in runs if run.sluice)
     document = {"runs": [{**asdict(run), "lost": run.lost} for run in runs], "ok": ok}
     output.report(document, lambda: output.table(_table(runs)))
-    if not ok:
-        raise SystemExit(1)
+    return 0 if ok else 1
 
 
 def _table(runs: list[Run]) -> Table:
