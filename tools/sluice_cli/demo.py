@@ -201,10 +201,18 @@ def expect_capture(path: Path, source: Address, policy: Policy, sent: Sent) -> N
         raise UsageError(f"{path} holds no UDP datagrams", hint="`sluice replay --help` says what is read")
 
 
-def send_capture(path: Path, lab: Lab) -> Summary:
-    """Replay its datagrams to the turbine port."""
-    with lab.client.enter(), Sender(lab.server.ipv4, TURBINE_PORT) as sender:
-        return replay_capture(Capture(path), sender, pace=_CAPTURE_RATE)
+def send_capture(path: Path, lab: Lab, cpu: int) -> Summary:
+    """Replay its datagrams to the turbine port, from the generator's CPU.
+
+    A flood from one CPU leaves room on the cable; a second one that sends may find it full.
+    """
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {cpu})
+    try:
+        with lab.client.enter(), Sender(lab.server.ipv4, TURBINE_PORT) as sender:
+            return replay_capture(Capture(path), sender, pace=_CAPTURE_RATE)
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def _counters(lab: Lab) -> Counters:
@@ -267,7 +275,7 @@ def _run(
         generator = cleanup.enter_context(Generator(lab.client, cpu=min(os.sched_getaffinity(0))))
         began = time.monotonic()
         generator.start(streams(lab, flood, shreds=pcap is None), seconds)
-        capture = None if pcap is None else send_capture(pcap, lab)
+        capture = None if pcap is None else send_capture(pcap, lab, generator.cpu)
         _watch(output, lab, receiver, generator, names)
         result = generator.wait()
         for stream in result.streams:

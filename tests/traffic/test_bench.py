@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`sluice bench`: every path runs and reports; ratios are those of the rates.  No number is judged here."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+from sluice_cli.bench import ECHO, RECEIVE, TRANSMIT
+from tests.traffic.commands import interrupt, refused, report, run
+
+pytestmark = [pytest.mark.root, pytest.mark.bpf]
+
+SHORT = ("--seconds", "0.2", "--runs", "1")
+#: On a machine with one CPU generator and receiver share it.
+SAME = () if len(os.sched_getaffinity(0)) > 1 else ("--same-core",)
+
+
+def check(document: dict[str, Any], direction: str, size: int, names: list[str]) -> dict[str, Any]:
+    """Rows by path, all that the issue asks for in each."""
+    machine = document["machine"]
+    assert machine["cpus"] == os.cpu_count()
+    assert machine["kernel"] == os.uname().release
+    rows = {row["path"]: row for row in document["results"] if row["size"] == size}
+    assert list(rows) == names
+    kernel = "sendmmsg-c" if direction == "transmit" else "recvmmsg-c"
+    for row in rows.values():
+        assert row["direction"] == direction
+        assert row["batch"] > 0
+        assert row["packets_per_second"] > 0
+        assert row["process_cpu_ns"] > 0
+        assert row["machine_cpu_ns"] >= 0
+        assert 0 <= row["loss"] < 1
+        for ratio, reference in (
+            ("ratio_to_c", "xsk-c-touch" if row["path"] == "sluice-touch" else "xsk-c"),
+            ("ratio_to_recvmmsg", kernel),
+        ):
+            if reference in rows:
+                expected = row["packets_per_second"] / rows[reference]["packets_per_second"]
+                assert row[ratio] == pytest.approx(expected, abs=0.01, rel=0.01)
+            else:
+                assert row[ratio] is None
+    return rows
+
+
+def test_receive_all_paths() -> None:
+    names = [path.name for path in RECEIVE]
+    check(report("bench", "receive", "--size", "64", *SHORT, *SAME), "receive", 64, names)
+
+
+def test_receive_large_payloads_and_medians() -> None:
+    words = ("--size", "1232", "--path", "sluice", "--path", "xsk-c", "--seconds", "0.2", "--runs", "2")
+    rows = check(report("bench", "receive", *words, *SAME), "receive", 1232, ["xsk-c", "sluice"])
+    assert {row["runs"] for row in rows.values()} == {2}
+
+
+def test_transmit_all_paths() -> None:
+    names = [path.name for path in TRANSMIT]
+    check(report("bench", "transmit", "--size", "64", *SHORT, *SAME), "transmit", 64, names)
+
+
+def test_echo_all_paths() -> None:
+    names = [path.name for path in ECHO]
+    check(report("bench", "echo", "--size", "64", *SHORT, *SAME), "echo", 64, names)
+
+
+def test_on_one_core() -> None:
+    document = report("bench", "receive", "--size", "64", "--path", "sluice", "--same-core", *SHORT)
+    assert document["machine"]["same_core"] is True
+    check(document, "receive", 64, ["sluice"])
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="latency needs two CPUs")
+def test_latency_all_paths() -> None:
+    document = report("bench", "latency", "--seconds", "0.2")
+    assert [row["path"] for row in document["results"]] == ["heartbeat", *(path.run for path in ECHO)]
+    for row in document["results"]:
+        assert row["packets"] > 0
+        assert row["lost"] >= 0
+        figures = row["latency_us"]
+        assert 0 < figures["p50"] <= figures["p99"] <= figures["p99.9"]
+
+
+def test_for_people() -> None:
+    done = run("bench", "receive", "--size", "64", "--path", "socket", *SHORT, *SAME)
+    assert done.returncode == 0, done.stderr
+    head, columns, row = done.stdout.splitlines()
+    assert head == "receive"
+    assert "packets/s" in columns
+    assert row.split()[:3] == ["socket", "64", "1"]
+
+
+def test_interrupted() -> None:
+    interrupt("bench", "receive", "--seconds", "60", *SAME, "--json", whom="terminal", when="program")
+
+
+def test_options_out_of_range() -> None:
+    assert refused("bench", "receive", "--path", "nothing")[0] == 2
+    assert refused("bench", "echo", "--size", "65")[0] == 2
+
+
+def test_without_privileges() -> None:
+    assert refused("bench", "receive", user=65534)[0] == 4
