@@ -233,7 +233,8 @@ class TestModes:
     def test_what_is_allowed(self) -> None:
         assert allowed("auto", "portable") == ("native", "generic")
         assert allowed("auto", "native-copy") == ("native",)
-        assert allowed("auto", "native-zero-copy") == ()
+        assert allowed("auto", "native-zero-copy") == ("native",)
+        assert allowed("generic", "native-zero-copy") == ()
         assert allowed("generic", "generic-copy") == ("generic",)
         assert allowed("generic", "native-copy") == ()
 

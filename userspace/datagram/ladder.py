@@ -52,7 +52,7 @@ def allowed(mode: InterfaceMode, minimum: Rung) -> tuple[AttachMode, ...]:
     """Where the program may sit, best first."""
     kinds: tuple[AttachMode, ...] = ("native", "generic") if mode == "auto" else (mode,)
     lowest = LADDER.index(minimum)
-    return tuple(kind for kind in kinds if LADDER.index(_ATTACHED[kind][-1]) <= lowest)
+    return tuple(kind for kind in kinds if LADDER.index(_ATTACHED[kind][0]) <= lowest)
 
 
 def attach_best(
@@ -121,10 +121,12 @@ def open_best(
     raise NoModeError.of(interface, minimum, refused)
 
 
-def probe(interface: str, attached: AttachMode, minimum: Rung) -> tuple[Mode, list[Refusal]]:
+def probe(
+    interface: str, attached: AttachMode, minimum: Rung, *, known: Sequence[Refusal] = ()
+) -> tuple[Mode, list[Refusal]]:
     """Which rung the queues allow, found out with the smallest sockets there are, closed again.
 
-    Raises NoModeError; a queue that somebody else uses is BusyError.
+    ``known`` refusals are not asked for. Raises NoModeError; a queue that somebody else uses is BusyError.
     """
     try:
         opened, refused = open_best(
@@ -136,6 +138,7 @@ def probe(interface: str, attached: AttachMode, minimum: Rung) -> tuple[Mode, li
             Sizes(frame_size=2048, reserve=0, transmit_ring=64),
             queues=None,
             cookie=0,
+            known=known,
         )
     except SluiceError as error:
         error.add_note("while finding out which mode the queues allow")

@@ -14,6 +14,7 @@ from the owner of an interface, which does not;
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self, runtime_checkable
@@ -21,13 +22,14 @@ from typing import Protocol, Self, runtime_checkable
 from typing_extensions import Buffer
 
 from userspace.datagram.batch import Batch
-from userspace.datagram.companion import Companion, open_companion_sockets
+from userspace.datagram.companion import Companion
 from userspace.datagram.descriptors import LaneDescriptors, Mode, Refusal
 from userspace.datagram.destination import Endpoint
 from userspace.datagram.lease import Companions
 from userspace.datagram.mmsg import MmsgLanes
-from userspace.datagram.opening import Wanted, open_interface, rungs
+from userspace.datagram.opening import Wanted, lane_specs, rungs
 from userspace.datagram.owned_lanes import open_owned
+from userspace.datagram.owner import Owner
 from userspace.datagram.portable import PortableLanes
 from userspace.datagram.xsk_lanes import XskLanes
 from xdp.errors import PermissionsError, SluiceError, UnsupportedError, UsageError
@@ -152,16 +154,18 @@ def open_lanes(
     sockets on a queue, a port taken), PermissionsError and UnsupportedError (no allowed mode works);
     with ``owner`` also NotLoadedError (nobody serves there), InterfaceGoneError and OwnerGoneError.
     """
+    companions: Companions = "free" if skip_busy_ports else "all"
     if owner is not None:
         if policy is not None or interface is not None or mode != "auto":
             raise UsageError(
                 "policy, interface and mode are the owner's", hint="open_lanes(owner=...) without them"
             )
-        companions: Companions = "free" if skip_busy_ports else "all"
         return open_owned(owner, queues=queues, companions=companions, wait=wait)
     if policy is None:
         raise UsageError("there is no policy", hint="give the path of its file, or owner=")
+    policy_path = ""
     if not isinstance(policy, Policy):
+        policy_path = str(policy)
         policy = Policy.load(policy)
     modes = rungs(mode, policy)
     over_xdp = tuple(rung for rung in modes if rung not in {"mmsg", "portable"})
@@ -171,7 +175,7 @@ def open_lanes(
         raise UsageError(f"mode {mode} needs an interface", hint='give interface="eth1", say')
     if over_xdp and interface is not None:
         try:
-            return _open_xsk(policy, interface, over_xdp, queues, skip_busy_ports)
+            return _open_xsk(policy, interface, over_xdp, queues, companions, policy_path)
         except (UnsupportedError, PermissionsError) as error:
             if not over_sockets:
                 raise
@@ -184,19 +188,37 @@ def _open_xsk(
     interface: str,
     modes: Sequence[Mode],
     queues: Sequence[int] | None,
-    skip_busy_ports: bool,
+    companions: Companions,
+    policy_path: str,
 ) -> XskLanes:
-    opened = open_interface(policy, interface, modes, queues=queues)
-    try:
-        companion = Companion(policy, open_companion_sockets(policy, skip_busy=skip_busy_ports))
-        try:
-            return XskLanes(opened.descriptors, companion=companion, on_close=opened.close)
-        except BaseException:
-            companion.close()
-            raise
-    except BaseException:
-        opened.close()
-        raise
+    """Own the interface in this process, and use the lanes here; the owner ends with them."""
+    lane_specs(policy)  # says so when there is nothing to receive, before anything is touched
+    native = any(mode.startswith("native") for mode in modes)
+    generic = "generic-copy" in modes
+    excluded = [
+        Refusal(mode=mode, reason="not asked for")
+        for mode in ("native-zero-copy", "native-copy")
+        if native and mode not in modes
+    ]
+    with ExitStack() as cleanup:
+        owner = cleanup.enter_context(
+            Owner.open(
+                interface,
+                policy,
+                policy_path=policy_path,
+                mode="auto" if native and generic else "native" if native else "generic",
+                minimum_mode=modes[-1],
+                excluded=excluded,
+            )
+        )
+        lease = owner.lend(queues=queues, companions=companions)
+        cleanup.callback(owner.take_back, lease)
+        companion = Companion.adopt(owner.policy, lease.descriptors.take_companions())
+        cleanup.callback(companion.close)
+        lease.start()
+        lanes = XskLanes(lease.descriptors, companion=companion, on_close=owner.close)
+        cleanup.pop_all()
+    return lanes
 
 
 def _open_sockets(policy: Policy, modes: Sequence[Mode], refused: list[Refusal]) -> Lanes:

@@ -72,6 +72,7 @@ class Owner:
         minimum_mode: Rung | None,
         replace: bool,
         tuning: Tuning,
+        excluded: Sequence[Refusal],
         notify: Callable[[str], None],
     ) -> None:
         """Only remembers what is asked for; use :meth:`open`."""
@@ -83,6 +84,7 @@ class Owner:
         self._minimum_mode = minimum_mode
         self._replace = replace
         self._tuning = tuning
+        self._excluded = tuple(excluded)
         self._home = Namespace()
         self._leases: list[Lease] = []
         self._claim: Claim | None = None
@@ -111,12 +113,14 @@ class Owner:
         minimum_mode: Rung | None = None,
         replace: bool = False,
         tuning: Tuning | None = None,
+        excluded: Sequence[Refusal] = (),
         notify: Callable[[str], None] = _silent,
     ) -> Owner:
         """Own an interface of this thread's network namespace and attach the policy's program to it.
 
         ``mode`` and ``minimum_mode`` override the policy's. ``replace`` takes off a program that
         sits there without a link, or takes over what ``sluice up --persist`` left, without a gap.
+        ``excluded`` are rungs that somebody does not want, with the reason that is told.
         ``notify`` gets one line for each thing that happens later and should be known.
 
         Raises BusyError (another owner, whose pid is named, or a foreign program), NoModeError
@@ -131,6 +135,7 @@ class Owner:
             minimum_mode=minimum_mode,
             replace=replace,
             tuning=tuning or Tuning(),
+            excluded=excluded,
             notify=notify,
         )
         try:
@@ -358,7 +363,8 @@ class Owner:
         self._attach_refused, self._probed = self.refused, ()
         if _socket_lanes(self.policy):
             if self.watch.up:
-                self._settle(*ladder.probe(interface, self._attached_as, self.minimum_mode))
+                holding = ladder.probe(interface, self._attached_as, self.minimum_mode, known=self._excluded)
+                self._settle(*holding)
             else:
                 why = Refusal(mode="native-zero-copy", reason="not tried: the interface is down")
                 native = self._attached_as == "native"
