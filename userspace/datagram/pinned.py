@@ -7,7 +7,7 @@ import contextlib
 from pathlib import Path
 
 from xdp.bpffs import mount_bpffs
-from xdp.errors import BusyError
+from xdp.errors import BusyError, PermissionsError
 from xdp.inventory import PIN_ROOT
 from xdp.link import Link, program_name
 from xdp.program import SteerProgram
@@ -39,10 +39,19 @@ def pin_link(link: Link, interface: str) -> Path:
     return path
 
 
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except PermissionError as error:
+        raise PermissionsError(
+            f"looking for {path} is not permitted", hint="owning an interface needs root"
+        ) from error
+
+
 def refuse_pinned(interface: str, ifindex: int) -> None:
     """Raises BusyError when an earlier ``--persist`` keeps a program on this interface."""
     path = pin_folder(interface) / "link"
-    if path.exists():
+    if _is_there(path):
         with contextlib.closing(Link.from_pin(path)) as link:
             if link.ifindex == ifindex:
                 raise foreign(interface, link.program_id, "kept by an earlier --persist")
@@ -55,7 +64,7 @@ def take_over(interface: str, ifindex: int, program: SteerProgram) -> Link | Non
     is removed.
     """
     path = pin_folder(interface) / "link"
-    if not path.exists():
+    if not _is_there(path):
         return None
     link = Link.from_pin(path)
     with contextlib.ExitStack() as cleanup:
