@@ -134,6 +134,12 @@ def _compile_error(name: str, said: str, error: Exception) -> SluiceError:
             hint="run as root (or with CAP_BPF and CAP_NET_ADMIN); `sluice doctor` says what is missing",
             detail=said,
         )
+    if "Too many open files" in said:
+        return UnsupportedError(
+            f"bpf/{name}: too many open files",
+            hint="raise the limit of open files (`ulimit -n`)",
+            detail=said,
+        )
     first = next((line for line in said.splitlines() if "error:" in line), str(error))
     return VerifierError(
         f"bpf/{name} does not compile: {first}",

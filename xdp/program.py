@@ -134,16 +134,18 @@ class SteerProgram:
             ),
         )
         instructions = compiled.instructions
-        maps = {name: BpfMap(os.dup(fd)) for name, fd in compiled.maps.items()}
+        maps: dict[str, BpfMap] = {}
         try:
+            for name, descriptor in compiled.maps.items():
+                maps[name] = BpfMap(os.dup(descriptor))
             if existing is not None:
                 _check_same_layout(maps, existing)
                 instructions = with_maps(
                     instructions, {fd: existing[name].fd for name, fd in compiled.maps.items()}
                 )
-                for fresh in maps.values():
-                    fresh.close()
-                maps = {name: BpfMap(os.dup(old.fd)) for name, old in existing.items()}
+                for name, old in existing.items():
+                    maps[name].close()
+                    maps[name] = BpfMap(os.dup(old.fd))
             fd = load_bytecode(PROGRAM_NAME, instructions)
         except BaseException:
             for opened in maps.values():

@@ -13,6 +13,7 @@ from the owner of an interface, which does not;
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -180,6 +181,12 @@ def open_lanes(
             if not over_sockets:
                 raise
             refused += [Refusal(mode=rung, reason=str(error)) for rung in over_xdp]
+        except OSError as error:
+            raise SluiceError.from_errno(
+                f"opening {interface}",
+                error.errno or 0,
+                hint="raise the limit of open files (`ulimit -n`)" if error.errno == errno.EMFILE else "",
+            ) from error
     return _open_sockets(policy, over_sockets, refused)
 
 
