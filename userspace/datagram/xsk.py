@@ -247,7 +247,7 @@ def _error(what: str, code: int, zero_copy: bool) -> SluiceError:
         return UsageError(f"{what}: the interface is down", hint="`ip link set INTERFACE up`")
     if code in {errno.ENOBUFS, errno.ENOMEM}:
         return UnsupportedError(
-            f"{what}: not enough memory that may be locked",
+            f"{what}: not enough memory that may be locked (ulimit -l)",
             hint="raise the limit (`ulimit -l unlimited`, LimitMEMLOCK=), or make rings and quotas smaller",
         )
     if code in {errno.EOPNOTSUPP, errno.EINVAL} and zero_copy:
