@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sluice_cli.lab import Host, Lab
+from tests.ordinary_user import readable_python
 from xdp.inventory import PIN_ROOT
 from xdp.link import attached_program
 
@@ -193,7 +194,7 @@ class Up:
 
 def application(host: Host, path: str, wait: float = 0.0) -> subprocess.Popen[bytes]:
     """See `Up.application`."""
-    return start(host, [sys.executable, "-c", APPLICATION, path, str(wait)])
+    return start(host, readable_python("-c", APPLICATION, path, str(wait)))
 
 
 def sender(lab: Lab) -> socket.socket:

@@ -21,6 +21,8 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tests.ordinary_user import nobodys_python
+
 ROOT = Path(__file__).resolve().parents[2]
 NEAR, FAR = "sl-near", "sl-far"
 CLONE_NEWNET = 0x40000000  # linux/sched.h
@@ -115,14 +117,10 @@ class Steered:
 
     def as_nobody(self, *words: str) -> subprocess.CompletedProcess[str]:
         """Run the command line as an ordinary user, who can't write anything here."""
-        drop = ["--reuid=65534", "--regid=65534", "--clear-groups", "--bounding-set=-all", "--inh-caps=-all"]
         code = "import sys; from sluice_cli.main import main; sys.exit(main(sys.argv[1:]))"
-        command = self.command("setpriv", *drop, sys.executable, "-B", "-c", code, *words)
-        environment = {
-            name: value for name, value in self.environment().items() if not name.startswith("COVERAGE")
-        }
+        command = self.command(*nobodys_python("-c", code, *words))
         return subprocess.run(
-            command, capture_output=True, text=True, check=False, env=environment, timeout=60
+            command, capture_output=True, text=True, check=False, env=self.environment(), timeout=60
         )
 
     def sluice(self, *words: str, **more: str) -> subprocess.CompletedProcess[str]:

@@ -11,7 +11,6 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -39,6 +38,7 @@ from tests.kernel.datapath import (
     server_address,
     until,
 )
+from tests.ordinary_user import NOBODY, nobodys_python, readable_python
 from userspace.datagram import xsk
 from userspace.datagram.descriptors import LaneSpec
 from userspace.datagram.destination import Destination
@@ -50,7 +50,6 @@ from xdp.policy import Policy
 from xdp.program import SteerProgram
 
 ROOT = Path(__file__).resolve().parents[2]
-NOBODY = 65534
 EPOLL_PWAIT2 = "441"  # the same number on all architectures (asm-generic/unistd.h)
 
 pytestmark = [
@@ -315,10 +314,11 @@ def start_application(descriptors: Any) -> subprocess.Popen[str]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         child = subprocess.Popen(
-            [sys.executable, "-c", APPLICATION, str(theirs.fileno())],
-            stdout=subprocess.PIPE, text=True, pass_fds=[theirs.fileno()], user=NOBODY, group=NOBODY,
-            extra_groups=[], env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
+            nobodys_python("-c", APPLICATION, str(theirs.fileno())),
+            stdout=subprocess.PIPE,
+            text=True,
+            pass_fds=[theirs.fileno()],
+        )
         message, passed = descriptors.to_message()
         socket.send_fds(ours, [json.dumps(message).encode()], passed)
     assert child.stdout is not None
@@ -394,9 +394,7 @@ def run_limited(lab: Lab, prefix: list[str], limit: int) -> str:
         "else:\n"
         "    print('opened')\n"
     )
-    done = lab.server.run(
-        [*prefix, sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False
-    )
+    done = lab.server.run(readable_python("-c", code, prefix=tuple(prefix)), check=False)
     assert done.returncode == 0, done.stderr
     return str(done.stdout)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.ordinary_user import readable_python
 from userspace.datagram.companion import Companion, open_companion_sockets
 from userspace.datagram.sockets import open_service_sockets, port_holders, socket_ports
 from xdp.errors import BusyError, PermissionsError, UsageError
@@ -242,8 +243,7 @@ def test_privileged_ports_need_privileges() -> None:
             "    sys.exit(0 if 'port 1' in str(error) and error.hint else 3)\n"
             "sys.exit(4)\n"
         )
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, timeout=30, check=False)
+        done = subprocess.run(readable_python("-c", code), timeout=30, check=False)
         assert done.returncode == (0 if limit > 1 else 4)
     elif limit > 1:
         with pytest.raises(PermissionsError, match="port 1"):

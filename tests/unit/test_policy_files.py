@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.ordinary_user import readable_python
 from tests.unit.policy_texts import peer_class, policy
 from xdp.errors import PolicyError
 from xdp.policy import MAX_FILE, Policy
@@ -89,7 +90,7 @@ def test_unreadable(tmp_path: Path) -> None:
         "    print(error)\n"
     )
     run = subprocess.run(
-        [sys.executable, "-c", script],
+        readable_python("-c", script) if os.geteuid() == 0 else [sys.executable, "-c", script],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
