@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 #: First words of the command lines that documents may show, behind sudo and settings like A=B.
-PROGRAMS = ("sluice", "tools/sluice", "python", ".venv/bin/python")
+PROGRAMS = ("sluice", "tools/sluice", "python", ".venv/bin/python", "nsenter")
 
 _FENCE = re.compile(r"```(\w*)$")
 _INLINE = re.compile(r"(`+)(.+?)\1", re.DOTALL)

@@ -64,7 +64,7 @@ def watched(says: str) -> Case:
 
 SHORT = ("--seconds", "0.2", "--runs", "1", "--size", "64", "--path", "sluice")
 LAB = "documented"  # stands for the random name of the lab that a test makes
-FOLDER = "FOLDER"  # stands for the machine's
+FOLDER, NAMESPACE = "FOLDER", "NAMESPACE"  # stand for the machine's
 UP = r"eth1: native-copy, program \d+; serving /\S+\n"
 
 #: By the words that a shell would see, without sudo and the folder of the launcher.
@@ -122,6 +122,10 @@ CASES: dict[str, Case] = {
         r"votes", **{"SERVICE/CLASS/KIND": "tpu-vote/staked/other"}
     ),
     "sluice peers --class CLASS": served(r"10\.81\.0\.2", CLASS="staked"),
+    "nsenter --net=/run/netns/NAME sluice status": served(
+        r"interface\s+eth1 ",
+        **{"--net=/run/netns/NAME": f"--net={NAMESPACE}", "sluice": f"{sys.executable} -m sluice_cli"},
+    ),
     "sluice peers": served(r"10\.81\.0\.2"),
     "sluice down": Case(r"eth1", "served"),
 }
@@ -163,8 +167,9 @@ def host() -> Iterator[Machine]:
 
 def run(here: Machine, words: str) -> None:
     case = CASES[words]
-    typed = [case.instead.get(word, word).replace(FOLDER, str(here.folder)) for word in words.split()]
-    process = here.start([*" ".join(typed).split(), *case.more])
+    typed = " ".join(case.instead.get(word, word) for word in words.split())
+    typed = typed.replace(FOLDER, str(here.folder)).replace(NAMESPACE, str(here.lab.server.path))
+    process = here.start([*typed.split(), *case.more])
     try:
         if case.ends:
             out, errors = process.communicate(timeout=2 * SECONDS)

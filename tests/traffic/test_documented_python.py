@@ -245,9 +245,7 @@ class TestExamples:
         """As an ordinary user."""
         up = readers.start(["sluice", "up", "eth1", "policy.toml"])
         read_until(up, "serving")
-        process = readers.start(
-            ["python", "docs/examples/owner_client.py", "eth1"], user=NOBODY, group=NOBODY, extra_groups=[]
-        )
+        process = readers.start(nobodys_python(str(readable_root() / "docs/examples/owner_client.py"), "eth1"))
         assert ast.literal_eval(read_until(process, r"}\n"))["mode"] == "native-copy"
         _exchange(readers, process)
         assert readers.carries_program(), "the owner's"

@@ -62,6 +62,43 @@ def test_there_is_something_to_look_at() -> None:
     assert len(list(help_examples())) > 40
 
 
+def test_what_is_found_in_a_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fences, indented blocks, command lines with what is said beside them, and those in sentences."""
+    monkeypatch.setattr("tests.documents.ROOT", tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text(
+        """# Title
+Some `sudo tools/sluice status
+-v` and `code`, with two
+    words of a continued line.
+
+    sudo A=1 sluice lanes --watch    what happens
+    output: of something
+
+    sluice check 'a b.toml'          # quoted
+
+```python
+x = 1
+```
+```
+sluice peers
+```
+""",
+        encoding="utf-8",
+    )
+    found = list(blocks(page))
+    assert [(block.line, block.language) for block in found] == [(6, ""), (12, "python"), (15, "")]
+    assert found[0].text.splitlines()[1:3] == ["output: of something", ""]
+    assert found[1].text == "x = 1\n"
+    assert [(line.arguments, line.whole) for line in command_lines(page)] == [
+        (["lanes", "--watch"], True),
+        (["check", "a b.toml"], True),
+        (["peers"], True),
+        (["status", "-v"], False),
+    ]
+    assert anchors(page) == {"title"}
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=named)
 def test_links_resolve(path: Path) -> None:
     for target in _LINK.findall(prose(path)):
