@@ -64,7 +64,7 @@ def watched(says: str) -> Case:
 
 SHORT = ("--seconds", "0.2", "--runs", "1", "--size", "64", "--path", "sluice")
 LAB = "documented"  # stands for the random name of the lab that a test makes
-FOLDER, NAMESPACE = "FOLDER", "NAMESPACE"  # stand for the machine's
+NAMESPACE = "NAMESPACE"  # stands for the path of the one that eth1 is in
 UP = r"eth1: native-copy, program \d+; serving /\S+\n"
 
 #: By the words that a shell would see, without sudo and the folder of the launcher.
@@ -90,7 +90,7 @@ CASES: dict[str, Case] = {
     "sluice lab dns": Case(r"with Sluice", more=("--seconds", "0.5", "--only", "with", "--flood", "100000")),
     # docs/api.md,
     "sluice up eth1 policy.toml --socket /run/sluice-eth1.sock": Case(
-        UP, "free", ends=False, instead={"/run/sluice-eth1.sock": f"{FOLDER}/lanes.sock"}
+        UP, "free", ends=False, instead={"/run/sluice-eth1.sock": "lanes.sock"}
     ),
     "sluice lanes": served(r"votes"),
     # docs/configuration.md,
@@ -168,7 +168,7 @@ def host() -> Iterator[Machine]:
 def run(here: Machine, words: str) -> None:
     case = CASES[words]
     typed = " ".join(case.instead.get(word, word) for word in words.split())
-    typed = typed.replace(FOLDER, str(here.folder)).replace(NAMESPACE, str(here.lab.server.path))
+    typed = typed.replace(NAMESPACE, str(here.lab.server.path))
     process = here.start([*typed.split(), *case.more])
     try:
         if case.ends:

@@ -113,7 +113,8 @@ def up(
             if any(lane.end == "socket" for lane in wanted.lanes):
                 say.event("nobody serves sockets: lanes that end in one pass to the kernel")
             return
-        _serve(owner, path or socket_path(owner.interface), signals, say)
+        # Absolute, since `sluice status` tells it to people who are in other directories.
+        _serve(owner, path.absolute() if path else socket_path(owner.interface), signals, say)
 
 
 def describe(owner: Owner, **more: object) -> dict[str, object]:
