@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from sluice_cli.lab import NETNS_DIRECTORY, Lab
 from sluice_cli.lab_state import Marker, read_markers
+from tests.ordinary_user import nobodys_python
 from tests.traffic.served import ENVIRONMENT, until
 from xdp.errors import SluiceError
 from xdp.link import attached_program, program_name
@@ -25,9 +26,9 @@ PATIENCE = 120.0
 EXIT_INTERRUPTED = 130
 
 
-def run(*words: str, user: int | None = None) -> subprocess.CompletedProcess[str]:
+def run(*words: str, nobody: bool = False) -> subprocess.CompletedProcess[str]:
     """To its end; nothing that it started may outlive it."""
-    with _started(*words, user=user) as process:
+    with _started(*words, nobody=nobody) as process:
         out, errors = process.communicate(timeout=PATIENCE)
         assert not session(process.pid), "processes are left"
     return subprocess.CompletedProcess(words, process.returncode, out, errors)
@@ -43,14 +44,14 @@ def report(*words: str) -> dict[str, Any]:
     return document
 
 
-def refused(*words: str, user: int | None = None) -> tuple[int, dict[str, Any]]:
+def refused(*words: str, nobody: bool = False) -> tuple[int, dict[str, Any]]:
     """Exit code and error of a command that can't be run; in text it is one line and a hint."""
-    plain = run(*words, user=user)
+    plain = run(*words, nobody=nobody)
     assert plain.stdout == ""
     lines = plain.stderr.splitlines()
     assert lines[0].startswith("sluice: error: ")
     assert len(lines) == 1 or (len(lines) == 2 and lines[1].startswith("hint: ")), plain.stderr
-    done = run(*words, "--json", user=user)
+    done = run(*words, "--json", nobody=nobody)
     assert done.returncode == plain.returncode
     error: dict[str, Any] = json.loads(done.stdout)["error"]
     assert error["exit_code"] == done.returncode
@@ -95,18 +96,15 @@ def session(leader: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def _started(*words: str, user: int | None = None) -> Iterator[subprocess.Popen[str]]:
+def _started(*words: str, nobody: bool = False) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [*COMMAND, *words],
+        nobodys_python("-m", "sluice_cli", *words) if nobody else [*COMMAND, *words],
         env=ENVIRONMENT,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        user=user,
-        group=user,
-        extra_groups=None if user is None else [],
     )
     try:
         yield process

@@ -29,7 +29,6 @@ from xdp.counters import Counters
 INTERFACE: Final = "eth1"
 PORT: Final = 8005
 STRANGER: Final = IPv4Address("203.0.113.9")
-NOBODY: Final = 65534
 SECONDS: Final = 60.0  # deadline for what takes seconds at most, on a machine that others use too
 ENVIRONMENT: Final = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}", "COLUMNS": "100"}
 

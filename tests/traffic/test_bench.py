@@ -102,4 +102,4 @@ def test_options_out_of_range() -> None:
 
 
 def test_without_privileges() -> None:
-    assert refused("bench", "receive", user=65534)[0] == 4
+    assert refused("bench", "receive", nobody=True)[0] == 4

@@ -119,7 +119,7 @@ class TestRefused:
         assert "corrupt.pcap" in error["message"]
 
     def test_without_privileges(self) -> None:
-        code, error = refused("demo", user=65534)
+        code, error = refused("demo", nobody=True)
         assert code == 4
         assert error["type"] == "PermissionsError"
 

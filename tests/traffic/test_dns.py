@@ -59,4 +59,4 @@ def test_options_out_of_range() -> None:
 
 
 def test_without_privileges() -> None:
-    assert refused("lab", "dns", user=65534)[0] == 4
+    assert refused("lab", "dns", nobody=True)[0] == 4

@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 import pytest
 
 from tests.documents import DOCUMENTS, ROOT, Block, blocks
+from tests.ordinary_user import nobodys_python, readable_root
 from tests.traffic.documented import (
-    NOBODY,
     SOURCE_PORTS,
     Machine,
     code_blocks,
@@ -245,7 +245,9 @@ class TestExamples:
         """As an ordinary user."""
         up = readers.start(["sluice", "up", "eth1", "policy.toml"])
         read_until(up, "serving")
-        process = readers.start(nobodys_python(str(readable_root() / "docs/examples/owner_client.py"), "eth1"))
+        process = readers.start(
+            nobodys_python(str(readable_root() / "docs/examples/owner_client.py"), "eth1")
+        )
         assert ast.literal_eval(read_until(process, r"}\n"))["mode"] == "native-copy"
         _exchange(readers, process)
         assert readers.carries_program(), "the owner's"

@@ -7,13 +7,13 @@ import itertools
 import json
 import resource
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 
 from sluice_cli.lab import Lab
+from tests.ordinary_user import NOBODY, readable_python
 from tests.traffic.served import ENVIRONMENT, POLICY, descriptors
 from userspace.datagram.descriptors import LaneSpec
 from userspace.datagram.xsk import open_queues
@@ -22,7 +22,6 @@ from xdp.link import attached_program
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 
-NOBODY = 65534
 # Arguments: policy, interface, mode, descriptors that are free, user.  Says what came of it, and what
 # was left open.
 PROBE = """
@@ -63,7 +62,8 @@ def probe(
     lab: Lab, mode: str, *, files: int = 0, user: int = 0, around: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Open lanes in a process; nothing may be left in it, nor on the interface."""
-    words = [*around, sys.executable, "-c", PROBE, POLICY, lab.server.interface, mode, str(files), str(user)]
+    arguments = [POLICY, lab.server.interface, mode, str(files), str(user)]
+    words = readable_python("-c", PROBE, *arguments, prefix=tuple(around))
     done = lab.server.run(words, check=False, env=ENVIRONMENT, timeout=120)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
