@@ -24,7 +24,7 @@ from sluice_cli.testing import (
     read_report,
     report_coverage,
     require_bpf,
-    run_level,
+    run_levels,
     show,
 )
 from xdp.errors import SluiceError
@@ -66,7 +66,7 @@ def add_test(checkout: Path, level: str, text: str) -> None:
 
 def run(checkout: Path, level: str, *arguments: str) -> Result:
     # JSON: what the inner pytest prints goes to stderr, apart from our own.
-    return run_level(checkout, level, arguments, None, Output(json=True))
+    return run_levels(checkout, [level], arguments, None, Output(json=True), together=False, stop=False)[0]
 
 
 def test_passing_tests_pass(checkout: Path) -> None:
@@ -85,6 +85,29 @@ def test_failures_and_errors_fail(checkout: Path) -> None:
     )
     result = run(checkout, "unit")
     assert (result.passed, result.failed, result.problem) == (1, 2, "2 failed")
+
+
+def test_two_levels_at_the_same_time(checkout: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Each waits for the other, so only together can they pass; the output of one follows the other's."""
+    (checkout / "tests" / "traffic").mkdir()
+    for level, mine, other in (("unit", "u", "t"), ("traffic", "t", "u")):
+        add_test(
+            checkout,
+            level,
+            "import time\nfrom pathlib import Path\n"
+            "def test_meets_the_other():\n"
+            f"    Path({str(checkout / mine)!r}).touch()\n"
+            "    deadline = time.monotonic() + 60\n"
+            f"    while not Path({str(checkout / other)!r}).exists():\n"
+            "        assert time.monotonic() < deadline\n"
+            "        time.sleep(0.01)\n",
+        )
+    results = run_levels(checkout, ["unit", "traffic"], [], None, Output(), together=True, stop=False)
+    assert [(one.level, one.passed, one.problem) for one in results] == [("unit", 1, ""), ("traffic", 1, "")]
+    out = capfd.readouterr().out
+    assert (
+        out.index("== unit") < out.index("tests/unit") < out.index("== traffic") < out.index("tests/traffic")
+    )
 
 
 SKIPPING = "import pytest\ndef test_a(): pytest.skip('no kernel')\ndef test_b(): pass\n"
@@ -222,8 +245,8 @@ def test_coverage_of_lines_and_branches(
     output = Output()
     with coverage_data(True) as data:
         assert data is not None
-        for level in levels:
-            assert run_level(checkout, level, [], data, output).problem == ""
+        results = run_levels(checkout, levels, [], data, output, together=False, stop=False)
+        assert [result.problem for result in results] == [""] * len(levels)
         covered, said = report_coverage(checkout, data, whole, output)
     assert covered is not None
     assert least <= covered <= (100 if least == 100 else 89)

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import importlib.util
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -21,6 +22,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import click
 
@@ -37,6 +39,9 @@ LEVELS = {
 
 # Of these a skipped test means that something went unproved: it counts as failed; see sluice_cli.skips.
 NEED_BPF = ("kernel", "traffic")
+
+# The level that --together runs beside the others: it waits most, and takes as long as they do.
+BESIDE = "traffic"
 
 # pytest's exit codes, https://docs.pytest.org/en/stable/reference/exit-codes.html
 TESTS_FAILED = 1
@@ -72,6 +77,11 @@ class Result:
     metavar="LEVEL",
     help="Only this level: unit, kernel, traffic or simulation. May be given more than once.",
 )
+@click.option(
+    "--together",
+    is_flag=True,
+    help="Run the traffic level at the same time as the others; takes two CPUs, and two thirds of the time.",
+)
 @click.option("-k", "expression", metavar="EXPRESSION", help="Only tests whose name matches, as pytest's -k.")
 @click.option(
     "--coverage",
@@ -86,6 +96,7 @@ def test(
     levels: Sequence[str],
     expression: str | None,
     coverage: bool,
+    together: bool,
     stop: bool,
     pytest_arguments: Sequence[str],
 ) -> int:
@@ -120,17 +131,41 @@ def test(
 
     arguments = [*(["-x"] if stop else []), *(["-k", expression] if expression else []), *pytest_arguments]
     with coverage_data(coverage) as data:
-        results = []
-        for level in chosen:
-            results.append(run_level(root, level, arguments, data, output))
-            if stop and results[-1].problem:
-                break
+        results = run_levels(root, chosen, arguments, data, output, together=together, stop=stop)
         if expression and not any(r.passed + r.failed + r.skipped for r in results):
             raise UsageError(f"no test matches -k {expression!r}")
         whole = not expression and not pytest_arguments and chosen == present
         covered, problem = report_coverage(root, data, whole, output) if data else (None, "")
     show(results, covered, problem, output)
     return TESTS_FAILED if problem or any(result.problem for result in results) else 0
+
+
+def run_levels(
+    root: Path,
+    chosen: Sequence[str],
+    arguments: Sequence[str],
+    data: Path | None,
+    output: Output,
+    *,
+    together: bool,
+    stop: bool,
+) -> list[Result]:
+    """All levels in turn; ``together``: the traffic level beside the others, its output after theirs."""
+    results = []
+    with contextlib.ExitStack() as cleanup:
+        beside = None
+        if together and len(chosen) > 1 and BESIDE in chosen:
+            beside = cleanup.enter_context(Level(root, BESIDE, arguments, data, output, beside=True))
+        for name in chosen:
+            if beside is not None and name == BESIDE:
+                continue
+            with Level(root, name, arguments, data, output, beside=False) as level:
+                results.append(level.finish())
+            if stop and results[-1].problem:
+                return results
+        if beside is not None:
+            results.append(beside.finish())
+    return results
 
 
 def find_checkout() -> Path:
@@ -195,45 +230,92 @@ def measuring(root: Path, data: Path) -> dict[str, str]:
     return kept | {"COVERAGE_FILE": str(data / ".coverage"), "COVERAGE_RCFILE": str(root / "pyproject.toml")}
 
 
-def run_level(root: Path, level: str, arguments: Sequence[str], data: Path | None, output: Output) -> Result:
-    """Run one level's tests; pytest writes to our stdout, or to stderr when stdout is for JSON."""
-    if not output.json:
-        output.line(f"== {level}: {LEVELS[level]}", "bold")
-        sys.stdout.flush()
-    environment = measuring(root, data) if data else dict(os.environ)
-    command = [sys.executable, "-m", *(["coverage", "run", "-m"] if data else [])]
-    with tempfile.TemporaryDirectory(prefix="sluice-test-") as directory:
-        report = Path(directory) / "report.xml"
-        command += ["pytest", f"tests/{level}", f"--junit-xml={report}", *arguments]
-        start = time.monotonic()
-        code = run_to_end(command, root, environment, output)
-        result = read_report(level, report)
-    result.seconds = time.monotonic() - start
-    result.problem = judge(result, code, root, filtered=bool(arguments))
-    return result
+class Level:
+    """One level's pytest process; a context manager that leaves no process behind.
 
+    It writes to our stdout, or to stderr when stdout is for JSON; with ``beside`` into a file that
+    ``finish`` shows, so that two levels can run at the same time.
+    """
 
-def run_to_end(command: Sequence[str], root: Path, environment: dict[str, str], output: Output) -> int:
-    """Run a command to its end, giving it time to clean up when we are interrupted or terminated."""
-    with subprocess.Popen(
-        command,
-        cwd=root,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=sys.stderr if output.json else None,
-    ) as child:
-        before = signal.signal(signal.SIGTERM, lambda *_: child.send_signal(signal.SIGINT))
-        try:
-            return child.wait()
-        except KeyboardInterrupt:
-            # The terminal has sent SIGINT to the child as well.
+    def __init__(
+        self,
+        root: Path,
+        name: str,
+        arguments: Sequence[str],
+        data: Path | None,
+        output: Output,
+        *,
+        beside: bool,
+    ) -> None:
+        self.name = name
+        self._root = root
+        self._filtered = bool(arguments)
+        self._output = output
+        self._directory = tempfile.TemporaryDirectory(prefix="sluice-test-")
+        self._report = Path(self._directory.name) / "report.xml"
+        self._log = (Path(self._directory.name) / "log").open("w+", encoding="utf-8") if beside else None
+        environment = measuring(root, data) if data else dict(os.environ)
+        command = [sys.executable, "-m", *(["coverage", "run", "-m"] if data else [])]
+        command += ["pytest", f"tests/{name}", f"--junit-xml={self._report}", *arguments]
+        if not beside:
+            self._announce()
+        self._start = time.monotonic()
+        self._child = subprocess.Popen(
+            command,
+            cwd=root,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log or (sys.stderr if output.json else None),
+            stderr=subprocess.STDOUT if beside else None,
+        )
+
+    def _announce(self) -> None:
+        if not self._output.json:
+            self._output.line(f"== {self.name}: {LEVELS[self.name]}", "bold")
+            sys.stdout.flush()
+
+    def finish(self) -> Result:
+        """Wait for its end; what came of it."""
+        code = wait_for(self._child)
+        if self._log is not None:
+            self._announce()
+            self._log.seek(0)
+            shutil.copyfileobj(self._log, sys.stderr if self._output.json else sys.stdout)
+        result = read_report(self.name, self._report)
+        result.seconds = time.monotonic() - self._start
+        result.problem = judge(result, code, self._root, filtered=self._filtered)
+        return result
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._child.poll() is None:
+            self._child.send_signal(signal.SIGINT)
             try:
-                child.wait(TEARDOWN)
+                self._child.wait(TEARDOWN)
             except subprocess.TimeoutExpired:
-                child.kill()
-            raise
-        finally:
-            signal.signal(signal.SIGTERM, before)
+                self._child.kill()
+                self._child.wait()
+        if self._log is not None:
+            self._log.close()
+        self._directory.cleanup()
+
+
+def wait_for(child: subprocess.Popen[bytes]) -> int:
+    """Its exit code; it gets time to clean up when we are interrupted or terminated."""
+    before = signal.signal(signal.SIGTERM, lambda *_: child.send_signal(signal.SIGINT))
+    try:
+        return child.wait()
+    except KeyboardInterrupt:
+        # The terminal has sent SIGINT to the child as well.
+        try:
+            child.wait(TEARDOWN)
+        except subprocess.TimeoutExpired:
+            child.kill()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def read_report(level: str, report: Path) -> Result:
