@@ -8,6 +8,7 @@ The launcher, tools/sluice, is left out of the way: tests/unit/test_launcher.py 
 from __future__ import annotations
 
 import re
+import shlex
 import secrets
 import sys
 import tempfile
@@ -84,7 +85,10 @@ CASES: dict[str, Case] = {
     "sluice replay capture.pcap --lab default --to 10.81.0.1:8005": Case(r"\b8\b", instead={"default": LAB}),
     "sluice lab shell --host server -- tools/sluice doctor srv0": Case(
         r"interface srv0\n",
-        instead={"server": f"server --name {LAB}", "tools/sluice": f"{sys.executable} -m sluice_cli"},
+        instead={
+            "server": f"server --name {LAB}",
+            "tools/sluice": f"{shlex.quote(sys.executable)} -m sluice_cli",
+        },
     ),
     "sluice lab down": Case("removed", more=("--name", LAB)),
     "sluice lab dns": Case(r"with Sluice", more=("--seconds", "0.5", "--only", "with", "--flood", "100000")),
@@ -124,7 +128,10 @@ CASES: dict[str, Case] = {
     "sluice peers --class CLASS": served(r"10\.81\.0\.2", CLASS="staked"),
     "nsenter --net=/run/netns/NAME sluice status": served(
         r"interface\s+eth1 ",
-        **{"--net=/run/netns/NAME": f"--net={NAMESPACE}", "sluice": f"{sys.executable} -m sluice_cli"},
+        **{
+            "--net=/run/netns/NAME": f"--net={NAMESPACE}",
+            "sluice": f"{shlex.quote(sys.executable)} -m sluice_cli",
+        },
     ),
     "sluice peers": served(r"10\.81\.0\.2"),
     "sluice down": Case(r"eth1", "served"),
@@ -169,7 +176,7 @@ def run(here: Machine, words: str) -> None:
     case = CASES[words]
     typed = " ".join(case.instead.get(word, word) for word in words.split())
     typed = typed.replace(NAMESPACE, str(here.lab.server.path))
-    process = here.start([*typed.split(), *case.more])
+    process = here.start([*shlex.split(typed), *case.more])
     try:
         if case.ends:
             out, errors = process.communicate(timeout=2 * SECONDS)
