@@ -8,8 +8,8 @@ The launcher, tools/sluice, is left out of the way: tests/unit/test_launcher.py 
 from __future__ import annotations
 
 import re
-import shlex
 import secrets
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
