@@ -150,6 +150,7 @@ def test_only_features_that_the_probe_misses_excuse_a_skip(tmp_path: Path) -> No
     assert unexcused(reasons, tmp_path) == reasons
     findings = [
         Finding("AF_XDP sockets", "missing", ""),
+        Finding("map types", "warn", "can't be asked without root"),
         Finding("huge pages", "warn", ""),
         Finding("kernel", "ok", ""),
     ]

@@ -28,8 +28,12 @@ def vectors_folder(root: Path) -> Path:
 
 
 def lacking(findings: list[Finding]) -> frozenset[str]:
-    """The topics in which this kernel can't do everything."""
-    return frozenset(one.topic for one in findings if one.state != "ok" and one.topic in KERNEL_TOPICS)
+    """The topics in which this kernel can't do everything; what could not be asked is none."""
+    return frozenset(
+        one.topic
+        for one in findings
+        if one.topic in KERNEL_TOPICS and one.state != "ok" and not one.detail.startswith("can't be")
+    )
 
 
 def unexcused(reasons: list[str], root: Path) -> list[str]:

@@ -294,11 +294,6 @@ class Broker:
         self._poll_owner()
 
 
-def _kind(error: SluiceError) -> str:
-    """The class in xdp.errors that it is one of."""
-    return next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "xdp.errors")
-
-
 def _listen(path: Path) -> socket.socket:
     if len(os.fsencode(path)) > _MAX_PATH:
         raise UsageError(f"{path} is longer than {_MAX_PATH} bytes", hint="choose a shorter --socket PATH")
