@@ -342,10 +342,12 @@ def test_interruption_lets_tests_clean_up(checkout: Path, sent: signal.Signals, 
         "import pathlib, pytest, threading\n"
         "@pytest.fixture\n"
         "def thing():\n"
-        "    pathlib.Path('up').touch()\n"
         "    yield\n"
         "    pathlib.Path('down').touch()\n"
-        "def test_a(thing): threading.Event().wait(60)\n",
+        # not in the fixture: interrupted before its yield, it would have nothing to clean up
+        "def test_a(thing):\n"
+        "    pathlib.Path('up').touch()\n"
+        "    threading.Event().wait(60)\n",
     )
     script = (
         "import sys, click; from pathlib import Path; from sluice_cli import testing; "
