@@ -182,7 +182,7 @@ static void check_sums(uint32_t rounds)
 #define QUOTA 24
 #define RESERVE 8
 #define FILL_FRAMES (LANES * (RING + QUOTA) + RESERVE)
-#define FILL_RING 128
+#define FILL_RING 256
 #define TRANSMIT_FRAMES 24
 #define TRANSMIT_RING 16
 #define COMPLETION_RING 64
@@ -199,6 +199,7 @@ struct kernel {
 	uint32_t in_hands;
 	uint64_t wire[FILL_FRAMES + TRANSMIT_FRAMES];
 	uint32_t on_wire;
+	uint32_t fill_known, fill_taken; /* of the fill ring; the shared indices lag behind */
 	uint64_t dropped[LANES];
 };
 
@@ -256,14 +257,24 @@ static struct sl_queue *make_queue(struct kernel *kernel)
 	return queue;
 }
 
+/* As late as it pleases, the kernel says which entries of the fill ring it has taken. */
+static void tell_fill(struct kernel *kernel)
+{
+	kernel->fill.consumer = kernel->fill_taken;
+}
+
 static uint64_t take_fill(struct kernel *kernel)
 {
 	uint64_t *fill = (uint64_t *)kernel->fill.entries;
 
 	if (kernel->in_hands)
 		return kernel->hands[--kernel->in_hands];
-	EXPECT(kernel->fill.producer != kernel->fill.consumer); /* the promise: never dry */
-	return fill[kernel->fill.consumer++ & (FILL_RING - 1)];
+	if (kernel->fill_taken == kernel->fill_known) {
+		tell_fill(kernel);
+		kernel->fill_known = kernel->fill.producer;
+	}
+	EXPECT(kernel->fill_taken != kernel->fill_known); /* the promise: never dry */
+	return fill[kernel->fill_taken++ & (FILL_RING - 1)];
 }
 
 static void deliver(struct sl_queue *queue, struct kernel *kernel, uint32_t lane)
@@ -338,7 +349,7 @@ static void check_frames(struct sl_queue *queue, struct kernel *kernel)
 		seen += kernel->receive[i].producer - kernel->receive[i].consumer;
 	}
 	EXPECT(sum == kept.total);
-	seen += kernel->fill.producer - kernel->fill.consumer + kernel->in_hands;
+	seen += kernel->fill.producer - kernel->fill_taken + kernel->in_hands;
 	EXPECT(seen == kept.kernel);
 	EXPECT(kept.transmit == kernel->on_wire + kernel->transmit.producer -
 					kernel->transmit.consumer + kernel->completion.producer -
@@ -370,6 +381,8 @@ static void check_queue(uint32_t rounds)
 		case 1:
 			for (count = draw(12); count; count--)
 				deliver(queue, kernel, draw(LANES));
+			if (draw(64) == 0)
+				tell_fill(kernel);
 			break;
 		case 2:
 			if (held[slot])

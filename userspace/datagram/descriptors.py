@@ -294,7 +294,8 @@ def plan_geometry(
         fill_frames=fill_frames,
         # As many as the ring takes, and as many again on the wire or waiting to be reaped.
         transmit_frames=2 * transmit_ring,
-        fill_ring=1 << (fill_frames - 1).bit_length(),
+        # Twice the frames: the kernel tells late which entries it has taken (native/queue.h).
+        fill_ring=1 << (2 * fill_frames - 1).bit_length(),
         completion_ring=2 * transmit_ring,
         transmit_ring=transmit_ring,
     )

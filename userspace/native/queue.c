@@ -39,7 +39,7 @@ static int check_config(const struct sl_queue_config *config)
 			return -EINVAL;
 		needed += (uint64_t)config->lane[i].ring + config->lane[i].quota;
 	}
-	if (needed > config->fill_frames || config->fill_frames > config->fill_ring)
+	if (needed > config->fill_frames || 2ULL * config->fill_frames > config->fill_ring)
 		return -EINVAL;
 	return 0;
 }
@@ -215,10 +215,7 @@ void sl_queue_fill(struct sl_queue *queue, const uint64_t *addresses, uint32_t c
 
 	if (count == 0)
 		return;
-	/*
-	 * There is always room: the ring has as many entries as there are frames to
-	 * receive into, and those given are in no other place.
-	 */
+	/* There is always room: see the top of queue.h. */
 	if (!xsk_ring_prod__reserve(&queue->fill, count, &at)) {
 		queue->broken = true;
 		return;

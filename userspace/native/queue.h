@@ -27,6 +27,13 @@
  * frame from another lane: the kernel always has one for it.  A lane at its
  * quota is not read; its ring fills, and the kernel drops for that lane alone.
  *
+ * The fill ring has twice as many entries as there are frames.  The kernel moves
+ * its shared consumer index only now and then (net/xdp/xsk_queue.h: at the end of
+ * a poll, or when it has used up all entries that it had seen), so an entry may
+ * still look taken when its frame has already been received and is given back.
+ * What it has not told is at most what it had seen, so at most all frames; what
+ * is really in the ring is at most all frames too.
+ *
  * A queue has one lock, so that receiving, sending and giving back from several
  * threads is safe; they wait for each other.  Nothing that can block is done
  * under it but system calls that don't wait.
@@ -56,7 +63,7 @@ struct sl_queue_config {
 	uint32_t frame_size;      /* bytes, 2048 or 4096 */
 	uint32_t fill_frames;     /* frames to receive into, all in the fill ring now */
 	uint32_t transmit_frames; /* frames after those, for sending */
-	uint32_t fill_ring;       /* entries; >= fill_frames */
+	uint32_t fill_ring;       /* entries; >= 2 * fill_frames */
 	uint32_t completion_ring;
 	uint32_t transmit_ring;
 	uint32_t cookie; /* of struct sluice_meta; 0: there is no metadata */
