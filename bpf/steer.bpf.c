@@ -192,7 +192,7 @@ int sluice_steer(struct xdp_md *ctx)
 	u32 cpu = bpf_get_smp_processor_id();
 	u32 zero = 0, bank;
 	u64 number;
-	int action = XDP_PASS, reason;
+	int action = XDP_PASS, reason, at_home;
 
 	decision.row = counters.lookup(&cpu);
 	packet = scratch.lookup(&cpu);
@@ -236,9 +236,10 @@ int sluice_steer(struct xdp_md *ctx)
 
 	decision.now = bpf_ktime_get_ns();
 	decision.service = port->service;
-	decision.peer = peer_find(&packet->source, decision.now, decision.row);
+	decision.peer = peer_find(&packet->source, bank, cpu, decision.now, decision.row);
 	decision.class_id = peer_class(decision.peer, &packet->source, number, bank);
-	peer_count(decision.peer, decision.now, length);
+	at_home = peer_is_home(decision.peer, cpu);
+	peer_count(decision.peer, at_home, decision.now, length);
 
 	decision.kind = policy_kind(&frame, packet, bank, port);
 	decision.rule = policy_rule(bank, decision.service, decision.class_id, decision.kind);
@@ -247,7 +248,7 @@ int sluice_steer(struct xdp_md *ctx)
 	else
 		reason = SLUICE_PASS_POLICY;
 	if (action == XDP_DROP)
-		peer_count_drop(decision.peer);
+		peer_count_drop(decision.peer, at_home);
 out:
 	count_verdict(decision.row, decision.lane, reason, length);
 	return action;

@@ -46,6 +46,8 @@ class _Lib:
     SLUICE_MAX_PREFIXES: int
     SLUICE_PREFIX_BUCKETS: int
     SLUICE_PORTS: int
+    SLUICE_FILTER_WORDS: int
+    SLUICE_FILTER_SIZE: int
     SLUICE_PORTS_SIZE: int
     SLUICE_PATTERNS_SIZE: int
     SLUICE_RULES_SIZE: int
@@ -170,6 +172,7 @@ class _Lib:
     def sluice_probe_map_type(self, type: int) -> int: ...
     def sluice_probe_helper(self, prog_type: int, helper_id: int) -> int: ...
     def sluice_possible_cpus(self) -> int: ...
+    def sluice_filter_add(self, words: CData, addresses: CData, count: int) -> None: ...
     def sluice_libbpf_version(self) -> CData: ...
 
 ffi: _FFI

@@ -74,7 +74,7 @@ LIBBPF_CALLS = """
 #define XDP_FLAGS_SKB_MODE ...
 #define XDP_FLAGS_DRV_MODE ...
 
-/* All return 0 or a descriptor or count >= 0, else -errno. */
+/* All that return an int return 0 or a descriptor or count >= 0, else -errno. */
 int sluice_prog_load(uint32_t type, const char *name, const char *license,
     const void *insns, uint32_t insn_count, uint32_t expected_attach_type,
     uint32_t prog_flags, char *log, uint32_t log_size, uint32_t log_level);
@@ -112,6 +112,9 @@ int sluice_probe_prog_type(uint32_t type);
 int sluice_probe_map_type(uint32_t type);
 int sluice_probe_helper(uint32_t prog_type, uint32_t helper_id);
 int sluice_possible_cpus(void);
+/* sets the addresses' bits in SLUICE_FILTER_WORDS words (bpf/include/filter.h) */
+void sluice_filter_add(struct sluice_filter *words, const struct sluice_address *addresses,
+    uint32_t count);
 const char *sluice_libbpf_version(void);
 """
 
@@ -124,6 +127,7 @@ SOURCE = r"""
 #include <bpf/bpf.h>
 #include <bpf/libbpf.h>
 #include "abi.h"
+#include "filter.h"
 
 /* Newer than the headers this may be built with; values are kernel ABI (linux/bpf.h). */
 #ifndef BPF_F_XDP_HAS_FRAGS
@@ -391,6 +395,17 @@ static int sluice_probe_helper(uint32_t prog_type, uint32_t helper_id)
 static int sluice_possible_cpus(void)
 {
     return libbpf_num_possible_cpus();
+}
+
+static void sluice_filter_add(struct sluice_filter *words, const struct sluice_address *addresses,
+    uint32_t count)
+{
+    uint32_t i, bit;
+
+    for (i = 0; i < count; i++) {
+        bit = filter_bit(&addresses[i]);
+        words[bit >> FILTER_WORD_SHIFT].bits |= 1ULL << (bit & 63);
+    }
 }
 
 static const char *sluice_libbpf_version(void)

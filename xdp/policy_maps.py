@@ -102,6 +102,10 @@ class PolicyMaps:
         _write_rows(maps["patterns"], bank * len(tables.patterns), tables.patterns, len(tables.patterns))
         _write_rows(maps["rules"], bank * len(tables.rules), tables.rules, len(tables.rules))
         self._write_prefixes(maps[f"prefixes_{bank}"], tables)
+        # Before the peers themselves: whoever is in "known" for this bank's policy has its bit set.
+        words = ffi.new("struct sluice_filter[]", lib.SLUICE_FILTER_WORDS)
+        lib.sluice_filter_add(words, tables.known.keys, tables.known.count)
+        _write_rows(maps["known_filter"], bank * len(words), words, len(words))
 
     def _write_prefixes(self, trie: BpfMap, tables: Tables) -> None:
         table = tables.prefixes

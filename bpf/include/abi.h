@@ -43,6 +43,10 @@
 #define SLUICE_PREFIX_BUCKETS 16384 /* limits of stranger prefixes, a power of 2 */
 #define SLUICE_PORTS 65536
 
+/* 2^20 bits: with 10,000 configured peers one stranger in 100 is looked up in vain. */
+#define SLUICE_FILTER_WORDS 16384
+
+#define SLUICE_FILTER_SIZE 32768 /* SLUICE_BANKS * SLUICE_FILTER_WORDS */
 #define SLUICE_PORTS_SIZE 131072 /* SLUICE_BANKS * SLUICE_PORTS */
 #define SLUICE_PATTERNS_SIZE 64  /* SLUICE_BANKS * SLUICE_MAX_SERVICES */
 #define SLUICE_RULES_SIZE 8192   /* BANKS * SERVICES * CLASSES * KINDS */
@@ -199,13 +203,27 @@ struct sluice_prefix_class {
 struct sluice_peer {
 	__u64 tat_ns; /* GCRA, theoretical arrival time */
 	__u64 class_stamp;
-	__u64 packets;
-	__u64 bytes; /* of whole frames */
+	__u64 packets; /* by the home CPU, which alone writes these three; see .._elsewhere */
+	__u64 bytes;   /* of whole frames */
 	__u64 drops;
 	__u64 last_seen_ns; /* CLOCK_MONOTONIC */
 	__u64 first_seen_ns;
-	__u32 id; /* configured peer's number, 0: stranger */
-	__u32 reserved;
+	__u32 id;   /* configured peer's number, 0: stranger */
+	__u32 home; /* number of the CPU that saw the first packet, plus 1; 0: none did */
+	/* By all other CPUs, atomically.  A total is the sum of both. */
+	__u64 packets_elsewhere;
+	__u64 bytes_elsewhere;
+	__u64 drops_elsewhere;
+	__u64 reserved[5]; /* two cache lines: in a hash map's element each is one of the CPU's */
+};
+
+/*
+ * map "known_filter", array[SLUICE_FILTER_SIZE]: bank * SLUICE_FILTER_WORDS + word.
+ * A Bloom filter with one bit per configured peer (bpf/include/filter.h): most
+ * strangers are found not to be in "known" without a look into it.
+ */
+struct sluice_filter {
+	__u64 bits;
 };
 
 /* maps "lane_limits" array[SLUICE_MAX_LANES], "prefix_limits" array[SLUICE_PREFIX_BUCKETS] */

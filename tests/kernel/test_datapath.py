@@ -107,6 +107,42 @@ def test_highest_lane_first(lab: Lab, program: SteerProgram) -> None:
         ]
 
 
+def test_lingering_makes_larger_batches(
+    lab: Lab, program: SteerProgram, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What arrives while it lingers is in the batch."""
+    with lanes_on(program, lab) as lanes, client_socket(lab) as client:
+
+        def send(count: int) -> None:
+            before = lanes.statistics().lane("votes").waiting
+            for _ in range(count):
+                client.sendto(b"vote", (server_address(lab), VOTES))
+            until(lambda: lanes.statistics().lane("votes").waiting == before + count, "what was sent")
+
+        def receive() -> int:
+            with lanes.receive(32, timeout=0, linger=0.5) as batch:
+                return len(batch)
+
+        slept: list[float] = []
+        send(8)
+        assert receive() == 8
+        send(1)
+        with monkeypatch.context() as patch:
+            sleep = time.sleep
+
+            def linger(seconds: float) -> None:
+                patch.setattr(time, "sleep", sleep)
+                slept.append(seconds)
+                send(5)
+
+            patch.setattr(time, "sleep", linger)
+            assert receive() == 6
+            patch.setattr(time, "sleep", linger)
+            assert receive() == 5  # 6 of 32 were many enough too, so it slept once more
+            assert receive() == 0
+        assert slept == [0.5, 0.5]
+
+
 @pytest.mark.parametrize("version", [4, 6])
 @pytest.mark.parametrize("mode", ["native-copy", "generic-copy"])
 def test_send(lab: Lab, program: SteerProgram, mode: Mode, version: int) -> None:

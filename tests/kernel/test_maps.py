@@ -167,7 +167,7 @@ VALUES = {
     "generation": "sluice_generation", "policies": "sluice_policy", "ports": "sluice_port",
     "patterns": "sluice_patterns", "rules": "sluice_rule", "known": "sluice_peer", "strangers": "sluice_peer",
     "prefixes_0": "sluice_prefix_class", "prefixes_1": "sluice_prefix_class", "lane_limits": "sluice_bucket",
-    "prefix_limits": "sluice_bucket", "counters": "sluice_counters",
+    "prefix_limits": "sluice_bucket", "counters": "sluice_counters", "known_filter": "sluice_filter",
 }  # fmt: skip
 KEYS = {"known": "sluice_address", "strangers": "sluice_address", "prefixes_0": "sluice_prefix",
         "prefixes_1": "sluice_prefix"}  # fmt: skip

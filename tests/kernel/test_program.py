@@ -67,6 +67,7 @@ def test_maps_of_the_program(steer_program: SteerProgram) -> None:
         "rules": (lib.BPF_MAP_TYPE_ARRAY, 4, size("struct sluice_rule"), lib.SLUICE_RULES_SIZE),
         "known": (lib.BPF_MAP_TYPE_HASH, address, peer, lib.SLUICE_MAX_KNOWN),
         "strangers": (lib.BPF_MAP_TYPE_LRU_HASH, address, peer, lib.SLUICE_MAX_STRANGERS),
+        "known_filter": (lib.BPF_MAP_TYPE_ARRAY, 4, size("struct sluice_filter"), lib.SLUICE_FILTER_SIZE),
         "lane_limits": (lib.BPF_MAP_TYPE_ARRAY, 4, size("struct sluice_bucket"), lib.SLUICE_MAX_LANES),
         "prefix_limits": (lib.BPF_MAP_TYPE_ARRAY, 4, size("struct sluice_bucket"), lib.SLUICE_PREFIX_BUCKETS),
         "counters": (lib.BPF_MAP_TYPE_ARRAY, 4, size("struct sluice_counters"), lib.sluice_possible_cpus()),

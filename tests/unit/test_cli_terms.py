@@ -93,6 +93,14 @@ def test_a_peers_stamp_is_class_and_generation() -> None:
     assert view.write({"class": 2, "generation": 5}) == {"class_stamp": 5 << 8 | 2}
 
 
+def test_a_peers_counts_are_totals() -> None:
+    """The program counts in two places; who reads or writes sees one number."""
+    view = VIEWS["sluice_peer"]
+    fields = {"class_stamp": 0, "id": 7, "home": 2, "packets": 5, "packets_elsewhere": 3}
+    assert view.read(fields) == {"class": 0, "generation": 0, "id": 7, "packets": 8}
+    assert view.write({"packets": 0}) == {"packets": 0, "packets_elsewhere": 0}
+
+
 def test_verdicts_have_rows_and_reasons() -> None:
     empty = {"packets": 0, "bytes": 0}
     counts = [dict(empty) for _ in range(lib.SLUICE_VERDICTS_SIZE)]

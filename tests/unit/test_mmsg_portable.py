@@ -357,3 +357,26 @@ def test_a_new_policy_keeps_what_peers_have_used(open_lanes: Open, port: int) ->
     )
     with pytest.raises(UsageError, match="other lanes"):
         lanes.swap(other)
+
+
+def test_lingering_waits_for_more_while_packets_come_fast(
+    open_lanes: Open, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What arrives during the sleep is in the batch; a full or a small batch before it means no sleep."""
+    lanes = open_lanes()
+    slept: list[float] = []
+    with Sender(port) as sender:
+
+        def sleep(seconds: float) -> None:
+            slept.append(seconds)
+            sender.send(*[b"meanwhile"] * 5)
+
+        monkeypatch.setattr(time, "sleep", sleep)
+        sizes = []
+        for sent, maximum in ((40, 32), (0, 32), (3, 32), (8, 64), (1, 64), (0, 64)):
+            sender.send(*[b"x"] * sent)
+            with lanes.receive(maximum, timeout=0, linger=0.5) as batch:
+                sizes.append(len(batch))
+    # After a full batch the rest is there at once; 8, 8 and 13 are an eighth or more of what is asked for; 6 is not.
+    assert sizes == [32, 8, 3 + 5, 8 + 5, 1 + 5, 0]
+    assert slept == [0.5] * 3

@@ -18,6 +18,8 @@
 #define TRANSMIT_FRAMES 4096
 #define FRAMES (RECEIVE_FRAMES + TRANSMIT_FRAMES)
 #define FILL_WAIT_MS 100
+#define BIND_ATTEMPTS 200 /* 2 s; some ms suffice as a rule */
+#define BIND_PAUSE_US 10000
 
 struct reference_socket {
 	struct xsk_ring_prod fill;
@@ -54,8 +56,14 @@ static inline void open_socket(struct reference_socket *s, const struct argument
 				 &s->completion, &umem);
 	if (error)
 		fail("xsk_umem__create", -error);
-	error = xsk_socket__create(&s->socket, arguments->interface, arguments->queue, s->umem,
-				   &s->receive, &s->transmit, &socket_config);
+	/* The kernel frees a queue some time after its last socket was closed; until then: busy. */
+	for (i = 0; i < BIND_ATTEMPTS; i++) {
+		error = xsk_socket__create(&s->socket, arguments->interface, arguments->queue,
+					   s->umem, &s->receive, &s->transmit, &socket_config);
+		if (error != -EBUSY)
+			break;
+		usleep(BIND_PAUSE_US);
+	}
 	if (error)
 		fail("xsk_socket__create", -error);
 	s->fd = xsk_socket__fd(s->socket);

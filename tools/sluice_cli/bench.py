@@ -26,25 +26,30 @@ from xdp.errors import UsageError
 #: Bytes of UDP payload, by the name of the row: 22 makes a frame of 64 bytes.
 SIZES: Final = {64: 22, 1232: 1232}
 
+#: Seconds; with the timer slack that the kernel adds (50 µs) about the time in which 256 packets come.
+LINGER: Final = 20e-6
+
 _HEARTBEAT_BYTES: Final = 32
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One contender: how the room calls it, its batch, whether it reads what it receives."""
+    """One contender: how the room calls it, its batch, whether it reads what it receives, its linger (s)."""
 
     name: str
     run: str
     batch: int
     touch: bool = False
-    mode: str = ""
+    linger: float = 0.0
 
 
 RECEIVE: Final = (
     Contender("xsk-c", "xsk-c", 256),
     Contender("sluice", "sluice", 256),
+    Contender("sluice-linger", "sluice", 256, linger=LINGER),
     Contender("xsk-c-touch", "xsk-c", 256, touch=True),
     Contender("sluice-touch", "sluice", 256, touch=True),
+    Contender("sluice-linger-touch", "sluice", 256, touch=True, linger=LINGER),
     Contender("sluice-64", "sluice", 64),
     Contender("recvmmsg-c", "mmsg-c", 64),
     Contender("sluice-mmsg", "sluice-mmsg", 64),
@@ -68,7 +73,7 @@ ECHO: Final = (
 PATHS: Final = {"receive": RECEIVE, "transmit": TRANSMIT, "echo": ECHO}
 
 #: What a path's rate is divided by: the C program on libxdp that does the same.
-_REFERENCE: Final = {"sluice-touch": "xsk-c-touch"}
+_REFERENCE: Final = {"sluice-touch": "xsk-c-touch", "sluice-linger-touch": "xsk-c-touch"}
 
 
 @click.group(
@@ -134,6 +139,7 @@ def _measure(
                         batch=path.batch,
                         seconds=seconds,
                         touch=path.touch,
+                        linger=path.linger,
                     )
                     samples.setdefault((path.name, size), []).append(sample)
     rows = [_row(path, direction, size, samples) for size in wanted for path in chosen]
@@ -248,8 +254,8 @@ def _table(direction: str, rows: Sequence[dict[str, Any]]) -> Table:
 def receive(output: Output, **options: Any) -> None:
     """Receive as fast as it goes: packets per second, CPU, loss.
 
-    "touch" reads 8 bytes of every packet.  A flood is more than any path can take, so
-    "loss" says how much; what counts is the rate that remains.
+    "touch" reads 8 bytes of every packet, "linger" waits a moment for larger batches.  A flood
+    is more than any path can take, so "loss" says how much; what counts is the rate that remains.
     """
     _measure(output, "receive", **options)
 

@@ -143,13 +143,23 @@ class Room:
         return udp_frame(self.lab.client, self.lab.server, port, bytes(size))
 
     def measure(
-        self, path: str, direction: str, *, size: int, batch: int, seconds: float, touch: bool
+        self,
+        path: str,
+        direction: str,
+        *,
+        size: int,
+        batch: int,
+        seconds: float,
+        touch: bool = False,
+        linger: float = 0.0,
     ) -> Sample:
         """Run one path once.  The generator runs flat out, unless the path itself is what sends."""
         with contextlib.ExitStack() as cleanup:
             if direction != "receive":
                 cleanup.enter_context(self.dropping_client())
-            process = self._start(path, direction, size=size, batch=batch, seconds=seconds, touch=touch)
+            process = self._start(
+                path, direction, size=size, batch=batch, seconds=seconds, touch=touch, linger=linger
+            )
             cleanup.callback(_end, process)
             _wait_ready(process, path)
             if direction != "transmit":
@@ -166,7 +176,15 @@ class Room:
         self.generator.wait()
 
     def _start(
-        self, path: str, direction: str, *, size: int, batch: int, seconds: float, touch: bool
+        self,
+        path: str,
+        direction: str,
+        *,
+        size: int,
+        batch: int,
+        seconds: float,
+        touch: bool = False,
+        linger: float = 0.0,
     ) -> subprocess.Popen[str]:
         host = self.lab.server
         xsks = self.program.maps["xsks"].info.id
@@ -205,6 +223,7 @@ class Room:
                 port=PORT,
                 seconds=seconds,
                 touch=touch,
+                linger=linger,
                 address=str(self.lab.client.ipv4),
             )
             command = [sys.executable, "-m", "sluice_cli.bench_worker", json.dumps(asdict(arguments))]
@@ -235,7 +254,7 @@ class Room:
     @contextlib.contextmanager
     def echoing(self, path: str, *, size: int, seconds: float) -> Iterator[None]:
         """An echo server of this kind on the bench's port."""
-        process = self._start(path, "echo", size=size, batch=64, seconds=seconds, touch=False)
+        process = self._start(path, "echo", size=size, batch=64, seconds=seconds)
         try:
             _wait_ready(process, path)
             yield

@@ -106,11 +106,18 @@ def _write_prefix(value: Value) -> Fields:
 
 _CLASS_BITS = 8  # class_stamp is generation << 8 | class
 
+#: What the program counts for a peer in two places, by its home CPU and by all others; NAME, NAME_elsewhere.
+COUNTED_TWICE = ("packets", "bytes", "drops")
+ELSEWHERE = "_elsewhere"
+
 
 def _read_peer(fields: Fields) -> Value:
     stamp = fields["class_stamp"]
-    split = {"class": stamp & (1 << _CLASS_BITS) - 1, "generation": stamp >> _CLASS_BITS}
-    return split | {name: value for name, value in fields.items() if name not in ("class_stamp", "reserved")}
+    found: Fields = {"class": stamp & (1 << _CLASS_BITS) - 1, "generation": stamp >> _CLASS_BITS}
+    for name, value in fields.items():
+        if name not in ("class_stamp", "home", "reserved") and not name.endswith(ELSEWHERE):
+            found[name] = value + fields.get(name + ELSEWHERE, 0) if name in COUNTED_TWICE else value
+    return found
 
 
 def _write_peer(value: Value) -> Fields:
@@ -125,6 +132,9 @@ def _write_peer(value: Value) -> Fields:
         ):
             raise ValueError("class 0 to 255 and a generation")
         fields["class_stamp"] = generation << _CLASS_BITS | number
+    for name in COUNTED_TWICE:
+        if name in fields:  # the total
+            fields.setdefault(name + ELSEWHERE, 0)
     return fields
 
 
@@ -201,6 +211,7 @@ _INDEXED: dict[str, tuple[tuple[str, int], ...]] = {
         ("class", lib.SLUICE_MAX_CLASSES),
         ("kind", lib.SLUICE_MAX_KINDS),
     ),
+    "known_filter": ((BANK, lib.SLUICE_BANKS), ("word", lib.SLUICE_FILTER_WORDS)),
     "lane_limits": (("lane", lib.SLUICE_MAX_LANES),),
     "prefix_limits": (("bucket", lib.SLUICE_PREFIX_BUCKETS),),
     "xsks": (("queue", lib.SLUICE_MAX_QUEUES), ("lane", lib.SLUICE_MAX_LANES)),
@@ -318,6 +329,7 @@ _DANGER = {
     "prefixes_0": "addresses would change their class; change the policy file instead",
     "prefixes_1": "addresses would change their class; change the policy file instead",
     "known": "a configured peer would lose its place, which nobody else can take from it",
+    "known_filter": "configured peers would be taken for strangers; change the policy file instead",
     "counters": "the counters would no longer add up",
     "xsks": "packets of a lane would go to another socket, or to none",
 }

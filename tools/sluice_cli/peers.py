@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from sluice_cli.map_terms import Fields
+from sluice_cli.map_terms import COUNTED_TWICE, ELSEWHERE, Fields
 from sluice_cli.map_text import moment_text, rate_text
 from sluice_cli.map_view import MapView, names_of
 from sluice_cli.output import Output, Table, common_options, examples, samples
@@ -159,17 +159,17 @@ def _candidates(view: MapView, wanted: Filter) -> Iterator[tuple[int, bytes, byt
 
 
 def _reader(view: MapView, member: str) -> Callable[[bytes], int]:
-    """A function that reads one integer member of a peer's entry."""
+    """A function that reads one number of a peer's entry, the total where it is counted in two places."""
     inner = view.value.inner if isinstance(view.value, ViewCodec) else view.value
-    fields = inner.fields if isinstance(inner, StructCodec) else ()
-    for field in fields:
-        if field.name == member:
-            start, end = field.offset, field.offset + field.codec.size
-            return lambda raw: int.from_bytes(raw[start:end], sys.byteorder)
-    raise UnsupportedError(
-        f"the program's peers have no member {member!r}: another version of Sluice loaded it",
-        hint="use that version's `sluice`, or load it again: sluice down, sluice up",
-    )
+    fields = {field.name: field for field in inner.fields} if isinstance(inner, StructCodec) else {}
+    names = (member, member + ELSEWHERE) if member in COUNTED_TWICE else (member,)
+    if missing := [name for name in names if name not in fields]:
+        raise UnsupportedError(
+            f"the program's peers have no member {missing[0]!r}: another version of Sluice loaded it",
+            hint="use that version's `sluice`, or load it again: sluice down, sluice up",
+        )
+    places = [(fields[name].offset, fields[name].offset + fields[name].codec.size) for name in names]
+    return lambda raw: sum(int.from_bytes(raw[start:end], sys.byteorder) for start, end in places)
 
 
 def peer_document(peer: Peer, names: Names) -> dict[str, Any]:

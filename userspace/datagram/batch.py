@@ -45,6 +45,10 @@ _FORMATS: dict[str, tuple[int, _Code]] = {
 }
 
 
+# Looked up once: an attribute of lib or ffi costs 35 ns at every use.
+_buffer = ffi.buffer
+_gather = lib.sl_batch_gather
+
 # Memory of columns that somebody could still see when their backend was gone.
 _kept: list[CData] = []
 
@@ -54,6 +58,14 @@ def _layout(capacity: int) -> dict[str, int]:
     """Where each column begins in the block of all; the same for every batch of that capacity."""
     memory = ffi.gc(lib.sl_batch_new(capacity), lib.sl_batch_free)
     return {name: ffi.cast("uint8_t *", getattr(memory, name)) - memory.columns for name in _FORMATS}
+
+
+def worth_lingering(last: int, maximum: int) -> bool:
+    """Whether packets come so fast that waiting a moment makes a larger batch.
+
+    The ``last`` batch had at least an eighth of the ``maximum``; a full one says that more is there already.
+    """
+    return maximum <= last * 8 < maximum * 8
 
 
 class BatchBackend(Protocol):
@@ -105,21 +117,49 @@ class _Watch:
 
     A view that was handed out can be released, but slices and casts that were made of it
     live on.  They keep the exporter alive: the object that the first view was made of.
+
+    Made when the first view is asked for: a batch of which only the length is asked costs less.
     """
 
-    __slots__ = ("exporters", "views")
+    __slots__ = ("area", "block", "columns", "exporters", "places", "views")
 
     def __init__(self) -> None:
         self.views: list[memoryview] = []
         self.exporters: list[weakref.ref[object]] = []
+        self.columns: dict[str, memoryview] = {}
+        self.area: memoryview | None = None  # all of the data, once a packet was asked for
+        self.block: memoryview | None = None  # all columns, once one was asked for
+        self.places: dict[str, int]  # of the columns in it
 
     def export(self, pointer: CData, size: int) -> memoryview:
         """A view of memory under watch; all further ones are to be slices of it."""
-        buffer = ffi.buffer(pointer, size)
+        buffer = _buffer(pointer, size)
         self.exporters.append(weakref.ref(buffer))
         view = memoryview(buffer)
         self.views.append(view)
         return view
+
+    def column(self, memory: CData, name: str, count: int) -> memoryview:
+        """A column, read-only; slices of one view, where all columns are in one piece."""
+        size, code = _FORMATS[name]
+        block = self.block
+        if block is None:
+            columns = memory.columns
+            if not columns:
+                view = memoryview(_buffer(getattr(memory, name), count * size))
+                self.exporters.append(weakref.ref(view.obj))
+                column = view.toreadonly().cast(code)
+                self.views.append(column)
+                return column
+            buffer = _buffer(columns, memory.columns_size)
+            self.exporters.append(weakref.ref(buffer))
+            block = self.block = memoryview(buffer).toreadonly()
+            self.views.append(block)
+            self.places = _layout(memory.capacity)
+        start = self.places[name]
+        column = block[start : start + count * size].cast(code)
+        self.views.append(column)
+        return column
 
     def end(self) -> bool:
         """Release all views; whether nobody sees the memory any more."""
@@ -131,7 +171,10 @@ class _Watch:
                 ended = False
         for exporter in self.exporters:
             if exporter() is not None:
-                return False
+                ended = False
+        if not ended:  # the batch stays, and what is asked for again is made again
+            self.columns = {}
+            self.area = self.block = None
         return ended
 
     def survivor(self) -> memoryview | None:
@@ -169,26 +212,26 @@ class Batch:
     ``len(batch)`` may be 0: the timeout passed.  Belongs to one thread.
     """
 
-    __slots__ = ("_area", "_backend", "_block", "_columns", "_count", "_memory", "_places", "_watch")
+    __slots__ = ("_backend", "_count", "_memory", "_watch")
 
     def __init__(self, backend: BatchBackend, memory: CData | None, count: int) -> None:
         self._backend = backend
         # None: nothing to give back, because empty or because it was given back.
         self._memory: CData | None = memory
         self._count = count  # -1: given back
-        self._watch: _Watch | None = None
-        self._columns: dict[str, memoryview] = {}
-        self._area: memoryview | None = None  # all of the data, once a packet was asked for
-        self._block: memoryview | None = None  # all columns, once one was asked for
-        self._places: dict[str, int]  # of the columns in it
+        self._watch: _Watch | None = None  # none yet: nobody has looked inside
 
     def __len__(self) -> int:
-        if self._count < 0:
+        count = self._count
+        if count < 0:
             raise self._gone()
-        return self._count
+        return count
 
     def __bool__(self) -> bool:
-        return len(self) > 0
+        count = self._count
+        if count < 0:
+            raise self._gone()
+        return count > 0
 
     def __repr__(self) -> str:
         return "<Batch, given back>" if self._count < 0 else f"<Batch of {self._count}>"
@@ -229,30 +272,20 @@ class Batch:
         return self._watch
 
     def _column(self, name: str) -> memoryview:
-        column = self._columns.get(name)
-        if column is not None:
-            return column
-        size, code = _FORMATS[name]
+        watch = self._watch
+        if watch is not None:
+            column = watch.columns.get(name)
+            if column is not None:
+                return column
         count = self._count
         if count <= 0:
             if count < 0:
                 raise self._gone()
-            return memoryview(b"").cast(code)
-        if self._block is None:
-            memory = self._filled()
-            watch = self._watched()
-            if memory.columns == ffi.NULL:
-                column = watch.export(getattr(memory, name), count * size).toreadonly().cast(code)
-                watch.views.append(column)
-                self._columns[name] = column
-                return column
-            self._block = watch.export(memory.columns, memory.columns_size).toreadonly()
-            watch.views.append(self._block)
-            self._places = _layout(memory.capacity)
-        start = self._places[name]
-        column = self._block[start : start + count * size].cast(code)
-        self._watched().views.append(column)
-        self._columns[name] = column
+            return memoryview(b"").cast(_FORMATS[name][1])
+        memory = self._filled()
+        if watch is None:
+            watch = self._watch = _Watch()
+        column = watch.columns[name] = watch.column(memory, name, count)
         return column
 
     @property
@@ -341,10 +374,11 @@ class Batch:
         return self._whole()
 
     def _whole(self) -> memoryview:
-        if self._area is None:
+        watch = self._watched()
+        if watch.area is None:
             memory = self._filled()
-            self._area = self._watched().export(memory.data, memory.data_size)
-        return self._area
+            watch.area = watch.export(memory.data, memory.data_size)
+        return watch.area
 
     def gather(self, offset: int, width: int = 8) -> memoryview:
         """``width`` bytes (1 to 8) at ``offset`` of every payload, as numbers, format Q.
@@ -357,7 +391,7 @@ class Batch:
             raise UsageError(f"gather({offset}, {width}): width is 1 to 8 bytes and offset not negative")
         if self._count == 0:
             return memoryview(b"").cast("Q")
-        lib.sl_batch_gather(self._filled(), offset, width)
+        _gather(self._filled(), offset, width)
         return self._column("gathered")
 
     def _index(self, index: int) -> int:
@@ -368,7 +402,7 @@ class Batch:
 
     def __getitem__(self, index: int) -> memoryview:
         index = self._index(index)
-        area = self._whole() if self._area is None else self._area
+        area = self._whole()
         memory = self._filled()
         start = memory.offsets[index]
         view = area[start : start + memory.lengths[index]]
@@ -400,7 +434,8 @@ class Batch:
         """
         if self._count < 0:
             raise self._gone()
-        self.detach()
+        if self._watch is not None:
+            self.detach()
         memory, self._memory = self._memory, None
         self._count = -1
         if memory is not None:
@@ -415,8 +450,6 @@ class Batch:
         watch = self._watch
         if watch is None:
             return
-        self._columns = {}
-        self._area = self._block = None
         if not watch.end():
             raise BufferError(
                 f"{self._name(watch.survivor())} of this batch is still in use (a slice or an array made of "
@@ -459,11 +492,22 @@ class Batch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._count >= 0:
-            self.release()
+        if self._watch is not None:
+            if self._count >= 0:
+                self.release()
+            return
+        # As release does, without the calls: this is the way of every batch whose packets nobody looked at.
+        memory = self._memory
+        self._count = -1
+        if memory is not None:
+            self._memory = None
+            self._backend.take_back(memory)
 
     def __del__(self) -> None:
-        memory = getattr(self, "_memory", None)
+        try:
+            memory = self._memory
+        except AttributeError:  # never finished
+            return
         if memory is None:
             return
         warnings.warn(

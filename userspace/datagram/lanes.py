@@ -63,8 +63,12 @@ class Lanes(Protocol):
     def lanes(self) -> Sequence[Lane]:
         """Highest priority first.  Over AF_XDP without those that end in the kernel."""
 
-    def receive(self, maximum: int = 256, timeout: float | None = None) -> Batch:
-        """At most ``maximum`` packets, waiting up to ``timeout`` seconds for the first."""
+    def receive(self, maximum: int = 256, timeout: float | None = None, *, linger: float = 0.0) -> Batch:
+        """At most ``maximum`` packets, waiting up to ``timeout`` seconds for the first.
+
+        With ``linger``, as long as packets come fast, each call first sleeps that many seconds
+        so that batches get larger.
+        """
 
     def try_receive(self, maximum: int = 256) -> Batch:
         """What is there now, maybe nothing."""

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Self
 
 from typing_extensions import Buffer
 
-from userspace.datagram.batch import Abandoned, Batch
+from userspace.datagram.batch import Abandoned, Batch, worth_lingering
 from userspace.datagram.classifier import DatagramClassifier
 from userspace.datagram.descriptors import Refusal
 from userspace.datagram.plain_send import FATAL, gone
@@ -89,6 +89,7 @@ class MmsgLanes:
         self._native: CData = ffi.NULL
         self._outstanding = 0
         self._abandoned: list[Abandoned] = []
+        self._last = 0  # datagrams of the latest batch
         self._spare: list[CData] = []
         self._destinations: dict[object, tuple[SocketAddress, CData]] = {}
         self._sent = self._send_failed = self._asynchronous = 0
@@ -142,11 +143,12 @@ class MmsgLanes:
 
     # --- receiving
 
-    def receive(self, maximum: int = 256, timeout: float | None = None) -> Batch:
+    def receive(self, maximum: int = 256, timeout: float | None = None, *, linger: float = 0.0) -> Batch:
         """At most ``maximum`` datagrams, highest lane first, with each lane's share.
 
         Waits ``timeout`` seconds for the first one (None: for ever) and returns an
         empty batch when there was none.  Signal handlers run while it waits.
+        ``linger`` is as XskLanes.receive's.
         Raises UsageError, ValueError when closed, InterfaceGoneError when a socket
         is no longer usable (noticed within half a second, also while it waits).
         """
@@ -156,6 +158,8 @@ class MmsgLanes:
             raise ValueError("these lanes are closed")
         if self._abandoned:
             self._reclaim()
+        if linger > 0 and worth_lingering(self._last, maximum):
+            time.sleep(linger)
         memory = self._spare.pop() if self._spare else self._new_memory(maximum)
         if memory.capacity < maximum:
             memory = self._new_memory(maximum)
@@ -163,6 +167,7 @@ class MmsgLanes:
         deadline = 0.0 if timeout is None else time.monotonic() + timeout
         while True:
             count = lib.sl_mmsg_receive(self._native, memory, maximum, self._budget, milliseconds)
+            self._last = count
             if count > 0:
                 self._outstanding += 1
                 return Batch(self, memory, count)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Self
 
 from typing_extensions import Buffer
 
-from userspace.datagram.batch import Abandoned, Batch
+from userspace.datagram.batch import Abandoned, Batch, worth_lingering
 from userspace.datagram.descriptors import Refusal
 from userspace.datagram.plain_send import FATAL, Datagram, Outcome, gone, send_plain
 from userspace.datagram.portable_queue import LaneQueue, Received, share_out
@@ -108,6 +108,7 @@ class PortableLanes:
         self._lanes = [LaneQueue() for _ in policy.lanes]
         self._held: dict[int, int] = {}  # frame -> lane
         self._abandoned: list[Abandoned] = []
+        self._last = 0  # datagrams of the latest batch
         self._spare: list[CData] = []
         self._counts: Counter[str] = Counter()
         self._verdicts: Counter[str] = Counter()
@@ -135,7 +136,7 @@ class PortableLanes:
 
     # --- receiving
 
-    def receive(self, maximum: int = 256, timeout: float | None = None) -> Batch:
+    def receive(self, maximum: int = 256, timeout: float | None = None, *, linger: float = 0.0) -> Batch:
         """As MmsgLanes.receive."""
         if not 0 < maximum <= _MAXIMUM:
             raise UsageError(f"receive({maximum}): maximum is 1 to {_MAXIMUM}")
@@ -143,12 +144,17 @@ class PortableLanes:
         if self._abandoned:
             waiting, self._abandoned = self._abandoned, []
             self._abandoned.extend(abandoned for abandoned in waiting if not abandoned.reclaim())
+        if linger > 0 and worth_lingering(self._last, maximum):
+            time.sleep(linger)
         deadline = None if timeout is None else time.monotonic() + timeout
+        self._last = 0
         while True:
             self._check_sockets()
             self._pump(maximum)
             if any(lane.queue for lane in self._lanes):
-                return self._hand_out(maximum)
+                batch = self._hand_out(maximum)
+                self._last = len(batch)
+                return batch
             left = _CHECK if deadline is None else min(deadline - time.monotonic(), _CHECK)
             if left <= 0:
                 return Batch(self, None, 0)

@@ -26,6 +26,9 @@
 /* The same while a lane waits for its echoes to be sent: nothing wakes us for that. */
 #define ECHO_INTERVAL 1000000LL
 
+/* Longer than anybody waits, ns: a year.  Keeps a deadline within 64 bits. */
+#define LONGEST_WAIT (365LL * 86400 * 1000000000)
+
 #define EVENTS 16
 
 /* What an event is about; lanes have the data 0. */
@@ -297,22 +300,23 @@ static int sleep_once(struct sl_group *group, int64_t nanoseconds, bool *other)
 	return count > 0;
 }
 
+/* timeout: ns, negative: without end */
 static int wait_and_receive(struct sl_group *group, struct sl_batch *batch, uint32_t maximum,
-			    int64_t timeout_us)
+			    int64_t timeout)
 {
-	int64_t deadline = timeout_us > 0 ? now_ns() + timeout_us * 1000 : 0, left = timeout_us;
+	int64_t deadline = timeout > 0 ? now_ns() + timeout : 0, left = timeout;
 	int result;
 	bool echoes, other = false;
 
 	for (;;) {
 		int64_t slice = CHECK_INTERVAL;
 
-		if (exhausted(group, &echoes) && !echoes && timeout_us < 0)
+		if (exhausted(group, &echoes) && !echoes && timeout < 0)
 			return -EDQUOT;
 		if (echoes)
 			slice = ECHO_INTERVAL;
-		if (timeout_us >= 0) {
-			left = timeout_us ? deadline - now_ns() : 0;
+		if (timeout >= 0) {
+			left = timeout ? deadline - now_ns() : 0;
 			if (left < 0)
 				left = 0;
 			if (left < slice)
@@ -324,15 +328,16 @@ static int wait_and_receive(struct sl_group *group, struct sl_batch *batch, uint
 		result = try_all(group, batch, maximum);
 		if (!result && other)
 			return -EAGAIN;
-		if (result || (timeout_us >= 0 && left <= slice))
+		if (result || (timeout >= 0 && left <= slice))
 			return result;
 	}
 }
 
 int sl_group_receive(struct sl_group *group, struct sl_batch *batch, uint32_t maximum,
-		     int64_t timeout_us)
+		     double timeout)
 {
 	int result = try_all(group, batch, maximum);
+	int64_t nanoseconds = -1;
 
 	if (result)
 		return result;
@@ -345,7 +350,10 @@ int sl_group_receive(struct sl_group *group, struct sl_batch *batch, uint32_t ma
 	group->waiting++;
 	pthread_mutex_unlock(&group->lock);
 
-	result = wait_and_receive(group, batch, maximum, timeout_us);
+	if (timeout >= 0)
+		nanoseconds = timeout < LONGEST_WAIT / 1e9 ? (int64_t)(timeout * 1e9) :
+							     LONGEST_WAIT;
+	result = wait_and_receive(group, batch, maximum, nanoseconds);
 
 	pthread_mutex_lock(&group->lock);
 	if (--group->waiting == 0 && group->closed)

@@ -42,7 +42,7 @@ int sl_group_fd(const struct sl_group *group);
 
 /*
  * At most maximum packets of one queue; the next call begins with the next
- * queue.  Waits up to timeout_us microseconds, negative: without end.  Returns the
+ * queue.  Waits up to timeout seconds, negative: without end.  Returns the
  * number of packets (0: the timeout passed), or
  *
  *      -EINTR    a signal; call again
@@ -53,7 +53,7 @@ int sl_group_fd(const struct sl_group *group);
  *      -EPROTO   as sl_queue_receive
  */
 int sl_group_receive(struct sl_group *group, struct sl_batch *batch, uint32_t maximum,
-		     int64_t timeout_us);
+		     double timeout);
 
 /* cffi: end */
 
