@@ -45,6 +45,7 @@ from userspace.datagram.destination import Destination
 from userspace.datagram.lanes import attach_lanes, open_lanes
 from userspace.datagram.xsk import open_queues
 from userspace.datagram.xsk_lanes import XskLanes
+from userspace.native._native import lib
 from xdp.errors import BusyError, InterfaceGoneError, UnsupportedError, UsageError
 from xdp.policy import Policy
 from xdp.program import SteerProgram
@@ -178,6 +179,37 @@ def test_down_and_up_and_renamed(lab: Lab, program: SteerProgram) -> None:
         assert set(found) == {b"after"}
         assert lanes.flush()
         assert client.recv(100) == b"sent while down"
+
+
+def test_what_is_left_to_send_goes_out_while_waiting(lab: Lab, program: SteerProgram) -> None:
+    """Sent while the interface was down; once it is up nobody sends, but somebody waits for packets."""
+    with lanes_on(program, lab) as lanes, client_socket(lab) as client:
+        to = Destination(lab.server.mac, lab.client.mac, ("10.81.0.1", VOTES), client.getsockname())
+        with routes(lab.server) as ip:
+            ip.link("set", index=lab.server.ifindex, state="down")
+            assert lanes.send(to, [b"sent while down"]) == 1
+            waiting = wait_asleep(lanes)
+            ip.link("set", index=lab.server.ifindex, state="up")
+            assert client.recv(100) == b"sent while down"
+            neighbour = {"dst": str(lab.server.ipv4), "lladdr": lab.server.mac, "ifindex": lab.client.ifindex}
+        with routes(lab.client) as ip:
+            ip.neigh("replace", state="permanent", **neighbour)
+        client.sendto(b"thanks", (server_address(lab), VOTES))
+        assert waiting.end() == [b"thanks"]
+
+
+def test_nobody_waits_on_the_socket_that_sends(lab: Lab, program: SteerProgram) -> None:
+    """In an epoll set it would cost a wake-up for each packet that leaves (native/queue.h)."""
+    with lanes_on(program, lab) as lanes:
+        watched = {
+            int(line.split()[1])
+            for line in Path(f"/proc/self/fdinfo/{lanes.fileno()}").read_text(encoding="ascii").splitlines()
+            if line.startswith("tfd:")
+        }
+        (queue,) = lanes._queues
+        assert {lib.sl_queue_socket(queue, lane) for lane in range(len(lanes.lanes))} <= watched
+        assert lib.sl_queue_transmit_socket(queue) not in watched
+    assert lib.sl_queue_transmit_socket(queue) == -1
 
 
 def test_closed_while_waiting(lab: Lab, program: SteerProgram) -> None:

@@ -217,9 +217,9 @@ def descriptors(**changes: Any) -> LaneDescriptors:
         "cookie": 99,
         "geometry": plan_geometry(LANES),
         "lanes": LANES,
-        "queues": [QueueDescriptors(0, 10, [11, 12]), QueueDescriptors(1, 13, [14, 15])],
-        "counters": 16,
-        "companions": [(8001, 17)],
+        "queues": [QueueDescriptors(0, 10, [11, 12], 13), QueueDescriptors(1, 14, [15, 16], 17)],
+        "counters": 18,
+        "companions": [(8001, 19)],
         "refused": [Refusal(mode="native-zero-copy", reason="none")],
         **changes,
     }
@@ -255,12 +255,12 @@ def test_geometry_refuses(lanes: Any, options: dict[str, int], words: str) -> No
 
 def test_message_there_and_back() -> None:
     message, passed = descriptors().to_message()
-    assert passed == [10, 11, 12, 13, 14, 15, 16, 17]
+    assert passed == list(range(10, 20))
     # Other numbers in the other process, the same order.
     there = LaneDescriptors.from_message(message, [number + 1000 for number in passed])
     assert there.descriptors() == [number + 1000 for number in passed]
     assert (there.lanes, there.geometry, there.mode) == (LANES, plan_geometry(LANES), "native-copy")
-    assert there.take_companions() == ((8001, 1017),)
+    assert there.take_companions() == ((8001, 1019),)
     assert not there.companions
     assert "2 queues, votes, bulk" in repr(there)
 
@@ -270,12 +270,12 @@ def test_message_there_and_back() -> None:
     [
         lambda message: "not a dict",
         lambda message: {},
-        lambda message: {**message, "version": 2},
+        lambda message: {**message, "version": 1},
         lambda message: {**message, "more": 1},
         lambda message: {**message, "mode": "fast"},
         lambda message: {**message, "lanes": []},
         lambda message: {**message, "queues": []},
-        lambda message: {**message, "queues": [{"queue": 0, "umem": 0, "sockets": [1]}]},
+        lambda message: {**message, "queues": [{"queue": 0, "umem": 0, "sockets": [1], "transmit": 2}]},
         lambda message: {**message, "counters": 5},
         lambda message: {**message, "counters": -1},
         lambda message: {**message, "companions": [[8001, 99]]},
@@ -283,7 +283,7 @@ def test_message_there_and_back() -> None:
 )
 def test_message_refused(spoil: Any) -> None:
     message, _ = descriptors().to_message()
-    opened = [os.eventfd(0) for _ in range(8)]
+    opened = [os.eventfd(0) for _ in range(10)]
     with pytest.raises(UsageError, match="not understood"):
         LaneDescriptors.from_message(spoil(message), opened)
     for fd in opened:

@@ -377,6 +377,6 @@ def test_lingering_waits_for_more_while_packets_come_fast(
             sender.send(*[b"x"] * sent)
             with lanes.receive(maximum, timeout=0, linger=0.5) as batch:
                 sizes.append(len(batch))
-    # After a full batch the rest is there at once; 8, 8 and 13 are an eighth or more of what is asked for; 6 is not.
+    # After a full batch the rest is there at once; 8, 8 and 13 are at least an eighth of the most; 6 is not.
     assert sizes == [32, 8, 3 + 5, 8 + 5, 1 + 5, 0]
     assert slept == [0.5] * 3

@@ -23,7 +23,7 @@ from xdp.errors import UsageError
 Mode = Literal["native-zero-copy", "native-copy", "generic-copy", "mmsg", "portable"]
 
 #: Of the message; another version is refused.
-VERSION = 1
+VERSION = 2
 
 #: The kernel's limits (net/xdp/xdp_umem.c: a chunk is 2048 bytes to one page).
 FRAME_SIZES = (2048, 4096)
@@ -80,6 +80,7 @@ class _QueueMessage(_Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     queue: int
     umem: int
     sockets: tuple[int, ...]
+    transmit: int
 
 
 class _Message(_Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -97,14 +98,19 @@ class _Message(_Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class QueueDescriptors:
-    """Of one receive queue: its UMEM's memfd, one AF_XDP socket per lane, all bound."""
+    """Of one receive queue: its UMEM's memfd, one AF_XDP socket per lane and one to send by, all bound."""
 
-    __slots__ = ("queue", "sockets", "umem")
+    __slots__ = ("queue", "sockets", "transmit", "umem")
 
-    def __init__(self, queue: int, umem: int, sockets: Sequence[int]) -> None:
+    def __init__(self, queue: int, umem: int, sockets: Sequence[int], transmit: int) -> None:
         self.queue = queue
         self.umem = umem
         self.sockets = tuple(sockets)
+        self.transmit = transmit
+
+    def descriptors(self) -> tuple[int, ...]:
+        """All of them, in the order in which they travel."""
+        return (self.umem, *self.sockets, self.transmit)
 
 
 class LaneDescriptors:
@@ -152,7 +158,7 @@ class LaneDescriptors:
 
     def descriptors(self) -> list[int]:
         """All file descriptors, in the order of :meth:`to_message`."""
-        found = [fd for queue in self.queues for fd in (queue.umem, *queue.sockets)]
+        found = [fd for queue in self.queues for fd in queue.descriptors()]
         if self.counters is not None:
             found.append(self.counters)
         return found + [fd for _, fd in self.companions]
@@ -171,7 +177,10 @@ class LaneDescriptors:
             lanes=self.lanes,
             queues=tuple(
                 _QueueMessage(
-                    queue=queue.queue, umem=next(place), sockets=tuple(next(place) for _ in queue.sockets)
+                    queue=queue.queue,
+                    umem=next(place),
+                    sockets=tuple(next(place) for _ in queue.sockets),
+                    transmit=next(place),
                 )
                 for queue in self.queues
             ),
@@ -204,7 +213,7 @@ class LaneDescriptors:
         parsed = msgspec.convert(message, _Message)
         if parsed.version != VERSION:
             raise ValueError(f"version {parsed.version}, this is {VERSION}")
-        places = [index for queue in parsed.queues for index in (queue.umem, *queue.sockets)]
+        places = [index for queue in parsed.queues for index in (queue.umem, *queue.sockets, queue.transmit)]
         places += [] if parsed.counters is None else [parsed.counters]
         places += [index for _, index in parsed.companions]
         if sorted(places) != list(range(len(descriptors))):
@@ -221,7 +230,10 @@ class LaneDescriptors:
             lanes=parsed.lanes,
             queues=[
                 QueueDescriptors(
-                    queue.queue, descriptors[queue.umem], [descriptors[index] for index in queue.sockets]
+                    queue.queue,
+                    descriptors[queue.umem],
+                    [descriptors[index] for index in queue.sockets],
+                    descriptors[queue.transmit],
                 )
                 for queue in parsed.queues
             ],

@@ -2,7 +2,7 @@
 """Opening AF_XDP sockets: the part that needs privileges.
 
 For every queue: a UMEM in a memfd, one socket per lane, the first one with the
-UMEM, the others sharing it, all bound.  The outcome is a
+UMEM, the others sharing it, and one more to send by, all bound.  The outcome is a
 :class:`~userspace.datagram.descriptors.LaneDescriptors`, nothing else is kept.
 
 The program must be attached before binding with zero-copy (drivers set the queue
@@ -153,7 +153,9 @@ def _open_queue(
         return fd
 
     umem = opened(step("making the UMEM", _make_umem(geometry.area)))
-    sockets = [opened(step("making an AF_XDP socket", lib.sl_xsk_socket())) for _ in lanes]
+    *sockets, transmit = (
+        opened(step("making an AF_XDP socket", lib.sl_xsk_socket())) for _ in range(len(lanes) + 1)
+    )
     first = sockets[0]
     with _mapped(umem, geometry.area, step) as area:
         step(
@@ -164,10 +166,10 @@ def _open_queue(
         "making fill and completion rings",
         lib.sl_xsk_umem_rings(first, geometry.fill_ring, geometry.completion_ring),
     )
-    step("making the transmit ring", lib.sl_xsk_transmit_ring(first, geometry.transmit_ring))
+    step("making the transmit ring", lib.sl_xsk_transmit_ring(transmit, geometry.transmit_ring))
     for lane, fd in zip(lanes, sockets, strict=True):
         step(f"making the receive ring of lane {lane.name}", lib.sl_xsk_receive_ring(fd, lane.ring))
-    _widen_transmit(first, geometry.transmit_ring)
+    _widen_transmit(transmit, geometry.transmit_ring)
     # Before binding: drivers take frames from the fill ring when the queue starts.
     step(
         "filling the fill ring",
@@ -177,9 +179,10 @@ def _open_queue(
     step("binding (zero-copy)" if zero_copy else "binding (copy)", _bind(first, ifindex, queue, flags, -1))
     for lane, fd in zip(lanes[1:], sockets[1:], strict=True):
         step(f"binding lane {lane.name}", _bind(fd, ifindex, queue, lib.SL_XSK_SHARED, first))
+    step("binding the socket to send by", _bind(transmit, ifindex, queue, lib.SL_XSK_SHARED, first))
     if step("reading the mode (XDP_OPTIONS)", lib.sl_xsk_zerocopy(first)) != int(zero_copy):
         raise UnsupportedError(f"{name}: the kernel chose another mode than asked for")
-    return QueueDescriptors(queue, umem, sockets)
+    return QueueDescriptors(queue, umem, sockets, transmit)
 
 
 @contextlib.contextmanager

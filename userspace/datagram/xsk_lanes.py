@@ -88,9 +88,9 @@ class XskLanes:
     def _adopt(self, descriptors: LaneDescriptors) -> None:
         # A queue closes the numbers it was given, so each side needs its own until all are open.
         for queue in descriptors.queues:
-            copies = [os.dup(fd) for fd in (queue.umem, *queue.sockets)]
+            umem, *sockets, transmit = copies = [os.dup(fd) for fd in queue.descriptors()]
             try:
-                opened = map_queue(descriptors, QueueDescriptors(queue.queue, copies[0], copies[1:]))
+                opened = map_queue(descriptors, QueueDescriptors(queue.queue, umem, sockets, transmit))
             except BaseException:
                 for fd in copies:
                     os.close(fd)

@@ -28,6 +28,7 @@ def map_queue(descriptors: LaneDescriptors, queue: QueueDescriptors) -> CData:
     geometry = descriptors.geometry
     config = ffi.new("struct sl_queue_config *")
     config.umem_fd = queue.umem
+    config.transmit_fd = queue.transmit
     config.frame_size = geometry.frame_size
     config.fill_frames = geometry.fill_frames
     config.transmit_frames = geometry.transmit_frames

@@ -130,13 +130,11 @@ def read_queue(queue: CData, number: int, lanes: Sequence[LaneSpec]) -> QueueSta
     lib.sl_queue_counters(queue, counters)
     frames = read_frames(queue, len(lanes))
     found = []
-    invalid = 0
     for index, lane in enumerate(lanes):
         raw = ffi.new("struct sl_xsk_statistics *")
         fd = lib.sl_queue_socket(queue, index)
         if fd >= 0:
             lib.sl_xsk_statistics(fd, raw)
-        invalid += raw.tx_invalid_descs
         found.append(
             LaneStatistics(
                 lane.name,
@@ -149,6 +147,10 @@ def read_queue(queue: CData, number: int, lanes: Sequence[LaneSpec]) -> QueueSta
                 raw.rx_fill_ring_empty_descs,
             )
         )
+    sending = ffi.new("struct sl_xsk_statistics *")
+    fd = lib.sl_queue_transmit_socket(queue)
+    if fd >= 0:
+        lib.sl_xsk_statistics(fd, sending)
     return QueueStatistics(
         number,
         tuple(found),
@@ -157,7 +159,7 @@ def read_queue(queue: CData, number: int, lanes: Sequence[LaneSpec]) -> QueueSta
         counters.completed,
         counters.echoed,
         counters.echo_refused,
-        invalid,
+        sending.tx_invalid_descs,
         counters.kicks,
         counters.wakeups,
     )

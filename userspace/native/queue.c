@@ -76,8 +76,8 @@ static int map_all(struct sl_queue *queue, const struct sl_queue_config *config,
 			       &queue->completion, &queue->completion_map);
 	if (code)
 		return failed(error, code, "mapping the completion ring");
-	code = sl_map_producer(first, SL_RING_TRANSMIT, config->transmit_ring, &queue->transmit,
-			       &queue->transmit_map);
+	code = sl_map_producer(config->transmit_fd, SL_RING_TRANSMIT, config->transmit_ring,
+			       &queue->transmit, &queue->transmit_map);
 	if (code)
 		return failed(error, code, "mapping the transmit ring");
 	for (i = 0; i < config->lanes; i++) {
@@ -135,6 +135,7 @@ struct sl_queue *sl_queue_open(const struct sl_queue_config *config, struct sl_e
 	queue->fill_frames = config->fill_frames;
 	queue->cookie = config->cookie;
 	queue->umem_fd = config->umem_fd;
+	queue->transmit_fd = config->transmit_fd;
 	queue->lanes = config->lanes;
 	for (i = 0; i < config->lanes; i++) {
 		queue->lane[i].fd = config->lane[i].fd;
@@ -192,6 +193,7 @@ void sl_queue_close(struct sl_queue *queue)
 		unmap_rings(queue);
 		for (i = 0; i < queue->lanes; i++)
 			close(queue->lane[i].fd);
+		close(queue->transmit_fd);
 		close(queue->umem_fd);
 		if (!sl_queue_held(queue))
 			sl_queue_unmap(queue);
@@ -307,6 +309,16 @@ int sl_queue_socket(struct sl_queue *queue, uint32_t lane)
 	sl_lock(queue);
 	if (!queue->closed && lane < queue->lanes)
 		fd = queue->lane[lane].fd;
+	sl_unlock(queue);
+	return fd;
+}
+
+int sl_queue_transmit_socket(struct sl_queue *queue)
+{
+	int fd;
+
+	sl_lock(queue);
+	fd = queue->closed ? -1 : queue->transmit_fd;
 	sl_unlock(queue);
 	return fd;
 }

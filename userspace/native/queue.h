@@ -34,6 +34,10 @@
  * What it has not told is at most what it had seen, so at most all frames; what
  * is really in the ring is at most all frames too.
  *
+ * Sending has a socket of its own, which nobody waits on.  A socket in an epoll
+ * set wakes the set for each packet that leaves its send buffer (sock_wfree), and
+ * each look at a socket that sends makes the kernel try to send.
+ *
  * A queue has one lock, so that receiving, sending and giving back from several
  * threads is safe; they wait for each other.  Nothing that can block is done
  * under it but system calls that don't wait.
@@ -60,6 +64,7 @@ struct sl_lane_config {
 
 struct sl_queue_config {
 	int32_t umem_fd;          /* owned as the sockets are */
+	int32_t transmit_fd;      /* AF_XDP socket with the transmit ring, likewise */
 	uint32_t frame_size;      /* bytes, 2048 or 4096 */
 	uint32_t fill_frames;     /* frames to receive into, all in the fill ring now */
 	uint32_t transmit_frames; /* frames after those, for sending */
@@ -159,6 +164,7 @@ void sl_queue_counters(struct sl_queue *queue, struct sl_queue_counters *counter
 
 /* The socket of a lane (by position), or -1 when closed; not yours to close. */
 int sl_queue_socket(struct sl_queue *queue, uint32_t lane);
+int sl_queue_transmit_socket(struct sl_queue *queue);
 
 /* cffi: end */
 

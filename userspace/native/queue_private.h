@@ -59,7 +59,7 @@ struct sl_queue {
 	struct sl_lane lane[SL_QUEUE_LANES];
 	struct sl_frames frames;
 	struct sl_queue_counters counters;
-	int umem_fd;
+	int umem_fd, transmit_fd;
 	int watcher[SL_WATCHERS]; /* epoll descriptors, -1: none */
 };
 

@@ -65,7 +65,7 @@ static int kick(struct sl_queue *queue)
 	level = sl_ring_level(queue->transmit.producer, queue->transmit.consumer);
 	while (level && xsk_ring_prod__needs_wakeup(&queue->transmit)) {
 		queue->counters.kicks++;
-		if (sendto(queue->lane[0].fd, NULL, 0, MSG_DONTWAIT, NULL, 0) < 0) {
+		if (sendto(queue->transmit_fd, NULL, 0, MSG_DONTWAIT, NULL, 0) < 0) {
 			if (errno == ENXIO)
 				return -ENXIO;
 			if (errno == ENETDOWN)

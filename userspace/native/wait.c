@@ -26,6 +26,9 @@
 /* The same while a lane waits for its echoes to be sent: nothing wakes us for that. */
 #define ECHO_INTERVAL 1000000LL
 
+/* And while something is left to send that the kernel did not take (interface down, no memory). */
+#define RETRY_INTERVAL 10000000LL
+
 /* Longer than anybody waits, ns: a year.  Keeps a deadline within 64 bits. */
 #define LONGEST_WAIT (365LL * 86400 * 1000000000)
 
@@ -229,13 +232,16 @@ static int check_all(struct sl_group *group)
 	return 0;
 }
 
-/* Every lane of every queue holds its quota; *echoes says whether some of that will come back. */
-static bool exhausted(struct sl_group *group, bool *echoes)
+/*
+ * Every lane of every queue holds its quota; *echoes says whether some of that will
+ * come back, *unsent whether there is something left to send.
+ */
+static bool exhausted(struct sl_group *group, bool *echoes, bool *unsent)
 {
 	bool all = true;
 	uint32_t i, k;
 
-	*echoes = false;
+	*echoes = *unsent = false;
 	for (i = 0; i < group->count; i++) {
 		struct sl_queue *queue = group->queues[i];
 
@@ -246,6 +252,9 @@ static bool exhausted(struct sl_group *group, bool *echoes)
 			else if (queue->lane[k].held > queue->frames.application[k])
 				*echoes = true;
 		}
+		if (queue->frames.transmit && !queue->closed &&
+		    sl_ring_level(queue->transmit.producer, queue->transmit.consumer))
+			*unsent = true;
 		sl_unlock(queue);
 	}
 	return all;
@@ -306,15 +315,17 @@ static int wait_and_receive(struct sl_group *group, struct sl_batch *batch, uint
 {
 	int64_t deadline = timeout > 0 ? now_ns() + timeout : 0, left = timeout;
 	int result;
-	bool echoes, other = false;
+	bool echoes, unsent, other = false;
 
 	for (;;) {
 		int64_t slice = CHECK_INTERVAL;
 
-		if (exhausted(group, &echoes) && !echoes && timeout < 0)
+		if (exhausted(group, &echoes, &unsent) && !echoes && timeout < 0)
 			return -EDQUOT;
 		if (echoes)
 			slice = ECHO_INTERVAL;
+		else if (unsent)
+			slice = RETRY_INTERVAL;
 		if (timeout >= 0) {
 			left = timeout ? deadline - now_ns() : 0;
 			if (left < 0)

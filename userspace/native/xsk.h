@@ -7,8 +7,9 @@
  * Raw system calls, not libxdp's set-up functions: those keep state of their own
  * in the process that opened the socket, and ours may be handed to another one.
  *
- *      socket 0   UMEM, fill and completion rings, receive and transmit rings, bind to (interface, queue)
+ *      socket 0   UMEM, fill and completion rings, receive ring, bind to (interface, queue)
  *      socket 1.. receive ring, bind with XDP_SHARED_UMEM to socket 0: same UMEM, same fill ring
+ *      last       transmit ring instead, bound likewise
  */
 #ifndef SL_XSK_H
 #define SL_XSK_H
