@@ -10,54 +10,28 @@ BufferError, and the batch stays held.
 
 from __future__ import annotations
 
-import functools
-import gc
 import ipaddress
 import warnings
-import weakref
 from collections.abc import Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
+from userspace.datagram.views import FORMATS, SOURCE_SIZE, Watch
 from userspace.native._native import ffi, lib
 from xdp.errors import UsageError
 
 if TYPE_CHECKING:
     from userspace.native._native import CData
 
+__all__ = ["SOURCE_SIZE", "Abandoned", "Address", "Batch", "BatchBackend", "worth_lingering"]
+
 Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-SOURCE_SIZE: int = ffi.sizeof("struct sl_source")
-
-# Of struct sl_batch: element size in bytes and struct format of what Python sees.
-_Code: TypeAlias = Literal["B", "I", "Q"]
-_FORMATS: dict[str, tuple[int, _Code]] = {
-    "offsets": (4, "I"),
-    "lengths": (4, "I"),
-    "peers": (4, "I"),
-    "times": (8, "Q"),
-    "gathered": (8, "Q"),
-    "lanes": (1, "B"),
-    "kinds": (1, "B"),
-    "classes": (1, "B"),
-    "services": (1, "B"),
-    "sources": (SOURCE_SIZE, "B"),
-}
-
-
-# Looked up once: an attribute of lib or ffi costs 35 ns at every use.
-_buffer = ffi.buffer
+# Looked up once: an attribute of lib costs 35 ns at every use.
 _gather = lib.sl_batch_gather
 
 # Memory of columns that somebody could still see when their backend was gone.
 _kept: list[CData] = []
-
-
-@functools.lru_cache(maxsize=64)
-def _layout(capacity: int) -> dict[str, int]:
-    """Where each column begins in the block of all; the same for every batch of that capacity."""
-    memory = ffi.gc(lib.sl_batch_new(capacity), lib.sl_batch_free)
-    return {name: ffi.cast("uint8_t *", getattr(memory, name)) - memory.columns for name in _FORMATS}
 
 
 def worth_lingering(last: int, maximum: int) -> bool:
@@ -93,7 +67,7 @@ class Abandoned:
 
     __slots__ = ("_backend", "_memory", "_watch")
 
-    def __init__(self, backend: BatchBackend, memory: CData, watch: _Watch | None) -> None:
+    def __init__(self, backend: BatchBackend, memory: CData, watch: Watch | None) -> None:
         self._backend = backend
         self._memory: CData | None = memory
         self._watch = watch
@@ -110,85 +84,6 @@ class Abandoned:
         if self._memory is not None and self._watch is not None and not self._watch.end():
             # Somebody looks at the columns of a backend that is gone.  Never free them.
             _kept.append(self._memory)
-
-
-class _Watch:
-    """All that was made of a batch's buffers, so that it can be ended.
-
-    A view that was handed out can be released, but slices and casts that were made of it
-    live on.  They keep the exporter alive: the object that the first view was made of.
-
-    Made when the first view is asked for: a batch of which only the length is asked costs less.
-    """
-
-    __slots__ = ("area", "block", "columns", "exporters", "places", "views")
-
-    def __init__(self) -> None:
-        self.views: list[memoryview] = []
-        self.exporters: list[weakref.ref[object]] = []
-        self.columns: dict[str, memoryview] = {}
-        self.area: memoryview | None = None  # all of the data, once a packet was asked for
-        self.block: memoryview | None = None  # all columns, once one was asked for
-        self.places: dict[str, int]  # of the columns in it
-
-    def export(self, pointer: CData, size: int) -> memoryview:
-        """A view of memory under watch; all further ones are to be slices of it."""
-        buffer = _buffer(pointer, size)
-        self.exporters.append(weakref.ref(buffer))
-        view = memoryview(buffer)
-        self.views.append(view)
-        return view
-
-    def column(self, memory: CData, name: str, count: int) -> memoryview:
-        """A column, read-only; slices of one view, where all columns are in one piece."""
-        size, code = _FORMATS[name]
-        block = self.block
-        if block is None:
-            columns = memory.columns
-            if not columns:
-                view = memoryview(_buffer(getattr(memory, name), count * size))
-                self.exporters.append(weakref.ref(view.obj))
-                column = view.toreadonly().cast(code)
-                self.views.append(column)
-                return column
-            buffer = _buffer(columns, memory.columns_size)
-            self.exporters.append(weakref.ref(buffer))
-            block = self.block = memoryview(buffer).toreadonly()
-            self.views.append(block)
-            self.places = _layout(memory.capacity)
-        start = self.places[name]
-        column = block[start : start + count * size].cast(code)
-        self.views.append(column)
-        return column
-
-    def end(self) -> bool:
-        """Release all views; whether nobody sees the memory any more."""
-        ended = True
-        for view in self.views:
-            try:
-                view.release()
-            except BufferError:  # an array was made of the view itself
-                ended = False
-        for exporter in self.exporters:
-            if exporter() is not None:
-                ended = False
-        if not ended:  # the batch stays, and what is asked for again is made again
-            self.columns = {}
-            self.area = self.block = None
-        return ended
-
-    def survivor(self) -> memoryview | None:
-        """One of the views that keep the memory in use; slow, for the error message."""
-        exporters = [exporter() for exporter in self.exporters]
-        for found in gc.get_objects():
-            if type(found) is memoryview:
-                try:
-                    exporter = found.obj
-                except ValueError:  # released
-                    continue
-                if any(exporter is one for one in exporters if one is not None):
-                    return found
-        return None
 
 
 class Batch:
@@ -219,7 +114,7 @@ class Batch:
         # None: nothing to give back, because empty or because it was given back.
         self._memory: CData | None = memory
         self._count = count  # -1: given back
-        self._watch: _Watch | None = None  # none yet: nobody has looked inside
+        self._watch: Watch | None = None  # none yet: nobody has looked inside
 
     def __len__(self) -> int:
         count = self._count
@@ -266,9 +161,9 @@ class Batch:
             self._backend.fill_columns(memory)
         return memory
 
-    def _watched(self) -> _Watch:
+    def _watched(self) -> Watch:
         if self._watch is None:
-            self._watch = _Watch()
+            self._watch = Watch()
         return self._watch
 
     def _column(self, name: str) -> memoryview:
@@ -281,10 +176,10 @@ class Batch:
         if count <= 0:
             if count < 0:
                 raise self._gone()
-            return memoryview(b"").cast(_FORMATS[name][1])
+            return memoryview(b"").cast(FORMATS[name][1])
         memory = self._filled()
         if watch is None:
-            watch = self._watch = _Watch()
+            watch = self._watch = Watch()
         column = watch.columns[name] = watch.column(memory, name, count)
         return column
 
@@ -468,7 +363,7 @@ class Batch:
             start = memory.offsets[index]
             if start <= within < start + max(memory.lengths[index], 1):
                 return f"packet {index}"
-        for name, (size, _) in _FORMATS.items():
+        for name, (size, _) in FORMATS.items():
             start = int(ffi.cast("uintptr_t", getattr(memory, name)))
             if start <= at < start + self._count * size:
                 return f"column {name!r}"
