@@ -23,6 +23,7 @@ from userspace.datagram.batch import Abandoned, Batch, worth_lingering
 from userspace.datagram.companion import Companion
 from userspace.datagram.descriptors import LaneDescriptors, LaneSpec, Mode, QueueDescriptors
 from userspace.datagram.destination import Destination, Endpoint
+from userspace.datagram.mmsg import MmsgLanes
 from userspace.datagram.xsk_queues import failure, map_queue, watch_queues
 from userspace.datagram.xsk_send import Sender
 from userspace.datagram.xsk_statistics import Frames, QueueStatistics, XskStatistics, read_frames, read_queue
@@ -291,13 +292,32 @@ class XskLanes:
         """Send each payload as one UDP packet; how many were accepted.
 
         Fewer than all when frames or the ring run out: send the rest later.
-        ``destination`` is a Destination, or an (address, port) that is resolved as
-        resolve_destination does, with ``port`` as the source port.
+        ``destination`` is a Destination, or an (address, port) with ``port``, a service port, as the
+        source port.  Such packets go where the kernel would send them, as it reports changes:
+        as frames through the interface, or through the companion socket of ``port`` (own
+        addresses, other interfaces, a neighbour that the kernel has to look up first), which may
+        overtake the frames before them; its ``failures`` are in ``companion.lanes``.  Without
+        companion socket they go as resolve_destination says, which waits for neighbours and
+        raises UnsupportedError.
 
         Raises UsageError for a payload that does not fit the MTU (nothing is sent
         then), InterfaceGoneError, ValueError when closed.
         """
-        return self._sender.send(destination, payloads, port)
+        if isinstance(destination, Destination):
+            return self._sender.send(destination, payloads)
+        headers = self._headers(destination, port)
+        if isinstance(headers, Destination):
+            return self._sender.send(headers, payloads)
+        return headers.send(destination, payloads, port=port, timeout=0)
+
+    def _headers(self, destination: Endpoint, port: int | None) -> Destination | MmsgLanes:
+        """What makes frames to an (address, port), or the kernel sockets that send there now."""
+        if port is None:
+            raise UsageError("which port to send from is not known", hint="give port=, one of your services'")
+        kernel = self._companion.lanes if self._companion is not None else None
+        if kernel is None or port not in kernel.ports:
+            return self._sender.resolve(destination, port)
+        return self._sender.find(destination, port) or kernel
 
     def send_columns(
         self,
@@ -313,7 +333,15 @@ class XskLanes:
         ``offsets`` and ``lengths`` are arrays of 32-bit numbers (array("I"), a
         column of a batch) of the same size.
         """
-        return self._sender.send_columns(destination, data, offsets, lengths, port)
+        if not isinstance(destination, Destination):
+            headers = self._headers(destination, port)
+            if not isinstance(headers, Destination):
+                whole = memoryview(data).cast("B")
+                starts, sizes = (memoryview(numbers).cast("B").cast("I") for numbers in (offsets, lengths))
+                pieces = [whole[at : at + size] for at, size in zip(starts, sizes, strict=True)]
+                return headers.send(destination, pieces, port=port, timeout=0)
+            destination = headers
+        return self._sender.send_columns(destination, data, offsets, lengths)
 
     def send_back(self, batch: Batch, *, checksum: bool = True) -> int:
         """Send every packet of a batch back to where it came from, in its own frame; the batch is used up.
@@ -399,6 +427,7 @@ class XskLanes:
         for child in self._children:
             child.close()
         lib.sl_group_close(self._group)
+        self._sender.close()
         if self._companion is not None and not self._is_part:
             self._companion.close()
         if not self._is_part:  # a part from split() leaves its queue to the whole
