@@ -45,6 +45,9 @@ MAX_AGE: Final = 5.0
 #: have sent through the kernel meanwhile.
 BUDGET: Final = 16
 
+#: Of these, routes that are only too old: they are right as far as anybody has said.
+REFRESHES: Final = 2
+
 #: Addresses remembered; the oldest go first.
 _MAX_ROUTES: Final = 65_536
 
@@ -153,7 +156,7 @@ class Router:
         self._routes: dict[str, Route | Elsewhere] = {}
         self._hops: dict[tuple[int, bytes], Hop] = {}
         self._links: dict[int, _Link | None] = {}
-        self._left = BUDGET
+        self._left, self._refreshes = BUDGET, REFRESHES
         # First the subscription, then the questions, so that nothing falls between the two.
         self._reports = socket.socket(
             socket.AF_NETLINK,
@@ -187,15 +190,14 @@ class Router:
         ``now`` is a monotonic clock's seconds.  A `Route` may be used until the next `poll`.
         """
         found = self._routes.get(address)
-        if found is None or found.expires < now:
+        if found is None:
             if self._left == 0:
                 return _LATER
-            self._left -= 1
-            found = self._ask(address, now + MAX_AGE)
-            self._routes.pop(address, None)
-            if len(self._routes) >= _MAX_ROUTES:
-                del self._routes[next(iter(self._routes))]
-            self._routes[address] = found
+            found = self._learn(address, now)
+        elif found.expires < now and self._left and self._refreshes:
+            self._refreshes -= 1
+            del self._routes[address]
+            found = self._learn(address, now)
         if isinstance(found, Route):
             hop = found.hop
             if hop.mac is None:
@@ -205,11 +207,19 @@ class Router:
                 return _CONFIRM
         return found
 
+    def _learn(self, address: str, now: float) -> Route | Elsewhere:
+        self._left -= 1
+        found = self._ask(address, now + MAX_AGE)
+        if len(self._routes) >= _MAX_ROUTES:
+            del self._routes[next(iter(self._routes))]
+        self._routes[address] = found
+        return found
+
     # What has changed
 
     def poll(self) -> None:
         """Take in what the kernel has reported; never waits.  Raises nothing that the network can cause."""
-        self._left = BUDGET
+        self._left, self._refreshes = BUDGET, REFRESHES
         while self._poller.poll(0):
             try:
                 data = self._reports.recv(_MESSAGES)

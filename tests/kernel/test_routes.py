@@ -195,6 +195,20 @@ def test_routes_are_asked_for_again_after_a_while(lab: Lab, router: Router) -> N
     assert later.hop is first.hop
 
 
+def test_old_routes_are_used_until_there_is_time_to_ask(lab: Lab, router: Router) -> None:
+    """Many grow old in the same moment; some are asked for each time, the others are as right as before."""
+    hops = [f"10.81.0.{number}" for number in range(50, 60)]
+    for hop in hops:
+        ip(lab.server, "neigh", "replace", hop, "lladdr", "02:00:00:00:00:50", "dev", lab.server.interface)
+    before = [known(router, hop) for hop in hops]
+    later = NOW + routes.MAX_AGE + 1
+    for refreshed in (routes.REFRESHES, 2 * routes.REFRESHES, 3 * routes.REFRESHES):
+        router.poll()
+        found = [router.find(hop, later) for hop in hops]
+        assert sum(new is not old for new, old in zip(found, before, strict=True)) == refreshed
+        assert all(isinstance(one, Route) for one in found)
+
+
 def test_lost_reports_are_changes_of_everything(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(routes, "_RECEIVE_BUFFER", 1)  # the kernel makes it its least, some 2 KiB
     server = lab.server
