@@ -124,6 +124,8 @@ class Elsewhere:
 
     reason: str
     expires: float = 0.0
+    #: for this moment only: the next call of `find` may say something else, without any report
+    passing: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +138,8 @@ class _Link:
 
 
 _NO_ADDRESS: Final = Elsewhere("its next hop's MAC address is not known yet")
-_CONFIRM: Final = Elsewhere("its next hop wants to be confirmed")
-_LATER: Final = Elsewhere("too many routes are being asked for")
+_CONFIRM: Final = Elsewhere("its next hop wants to be confirmed", passing=True)
+_LATER: Final = Elsewhere("too many routes are being asked for", passing=True)
 
 
 class Router:
@@ -156,6 +158,8 @@ class Router:
         self._routes: dict[str, Route | Elsewhere] = {}
         self._hops: dict[tuple[int, bytes], Hop] = {}
         self._links: dict[int, _Link | None] = {}
+        #: counts reports: while it stays, so do all answers, but for those that are passing or too old
+        self.version = 0
         self._left, self._refreshes = BUDGET, REFRESHES
         # First the subscription, then the questions, so that nothing falls between the two.
         self._reports = socket.socket(
@@ -221,6 +225,7 @@ class Router:
         """Take in what the kernel has reported; never waits.  Raises nothing that the network can cause."""
         self._left, self._refreshes = BUDGET, REFRESHES
         while self._poller.poll(0):
+            self.version += 1
             try:
                 data = self._reports.recv(_MESSAGES)
             except BlockingIOError:

@@ -86,7 +86,8 @@ class TestApi:
             assert done == set(self.CHECKS)
             assert not here.carries_program()
             got = [_all(sock) for sock in answers]
-            assert [one for one in got[0] if not one.startswith(b"DONE")] == [b"one", b"two", bytes(1472)]
+            sent = [b"one", b"two", bytes(1472), b"a shred"]
+            assert [one for one in got[0] if not one.startswith(b"DONE")] == sent
             assert names["there"].payload_maximum == 1472
             sent_back = sum(one.startswith(b"DONE") for found in got for one in found)
             assert 0 < sent_back <= names["answered"], "those over IPv6 arrive elsewhere"

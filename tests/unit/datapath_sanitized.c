@@ -18,67 +18,7 @@
 #include "checksum.h"
 #include "headers.h"
 #include "queue_private.h"
-
-#define EXPECT(condition)                                                               \
-	do {                                                                            \
-		if (!(condition)) {                                                     \
-			fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
-			exit(1);                                                        \
-		}                                                                       \
-	} while (0)
-
-static uint64_t random_state;
-
-static uint32_t draw(uint32_t below)
-{
-	random_state ^= random_state << 13;
-	random_state ^= random_state >> 7;
-	random_state ^= random_state << 17;
-	return (random_state >> 32) % below;
-}
-
-/* As RFC 1071 has it, word by word: independent of checksum.c. */
-static uint16_t slow_checksum(const uint8_t *data, size_t length, uint32_t sum)
-{
-	size_t i;
-
-	for (i = 0; i < length; i++)
-		sum += i & 1 ? data[i] : data[i] << 8;
-	while (sum >> 16)
-		sum = (sum & 0xffff) + (sum >> 16);
-	return ~sum & 0xffff;
-}
-
-static uint32_t pseudo_sum(const uint8_t *ip, uint32_t udp_length)
-{
-	const uint8_t *addresses = ip[0] >> 4 == 4 ? ip + 12 : ip + 8;
-	uint32_t i, sum = 17 + udp_length, size = ip[0] >> 4 == 4 ? 8 : 32;
-
-	for (i = 0; i < size; i++)
-		sum += i & 1 ? addresses[i] : addresses[i] << 8;
-	return sum;
-}
-
-static void check_udp(const uint8_t *frame, uint32_t length)
-{
-	struct sl_packet packet;
-
-	EXPECT(!sl_parse(frame, length, &packet));
-	EXPECT(packet.payload + packet.payload_length <= length);
-	EXPECT(slow_checksum(frame + packet.udp, packet.payload_length + 8,
-			     pseudo_sum(frame + packet.ip, packet.payload_length + 8)) == 0);
-	EXPECT(frame[packet.udp + 6] || frame[packet.udp + 7]);
-	if (packet.family == 4)
-		EXPECT(slow_checksum(frame + packet.ip, 20, 0) == 0);
-}
-
-static void fill_random(void *data, size_t size)
-{
-	uint8_t *p = data;
-
-	while (size--)
-		*p++ = draw(256);
-}
+#include "sanitized.h"
 
 static struct sl_destination any_destination(void)
 {
@@ -109,7 +49,7 @@ static uint32_t any_frame(uint8_t *frame, uint32_t room)
 	length = draw(room - SL_TEMPLATE_SIZE < built.payload_maximum ? room - SL_TEMPLATE_SIZE :
 									built.payload_maximum);
 	fill_random(payload, length);
-	length = sl_template_build(&built, frame, payload, length);
+	length = sl_template_build(&built, frame, payload, length, sl_sum(payload, length, 0));
 	check_udp(frame, length);
 	/* change a few bytes, mostly of the headers */
 	changes = draw(4);
@@ -305,13 +245,17 @@ static void deliver(struct sl_queue *queue, struct kernel *kernel, uint32_t lane
 	ring->producer++;
 }
 
-static void transmit(struct kernel *kernel)
+static void transmit(struct sl_queue *queue, struct kernel *kernel)
 {
 	struct ring_memory *ring = &kernel->transmit;
+	struct xdp_desc *desc;
 
-	if (ring->producer != ring->consumer)
-		kernel->wire[kernel->on_wire++] =
-			ring->entries[ring->consumer++ & (TRANSMIT_RING - 1)].addr;
+	if (ring->producer == ring->consumer)
+		return;
+	desc = &ring->entries[ring->consumer++ & (TRANSMIT_RING - 1)];
+	if (desc->addr >= FILL_FRAMES * (uint64_t)FRAME_SIZE) /* built, not echoed */
+		check_udp(queue->area + desc->addr, desc->len);
+	kernel->wire[kernel->on_wire++] = desc->addr;
 }
 
 static void complete(struct kernel *kernel)
@@ -364,13 +308,17 @@ static void check_queue(uint32_t rounds)
 	struct kernel *kernel = calloc(1, sizeof(*kernel));
 	struct sl_queue *queue = make_queue(kernel);
 	struct sl_batch *held[HELD] = { NULL }, *copy = sl_batch_new(64);
-	struct sl_destination d = any_destination();
 	uint8_t payload[1200 * 8];
-	uint32_t lengths[8], bad, i;
-	struct sl_template built;
+	uint32_t lengths[8], same[8] = { 0 }, bad, i;
+	struct sl_template built[8], *to[8];
 	uint64_t received = 0, echoed = 0, sent = 0;
 
-	EXPECT(!sl_template_init(&built, &d));
+	for (i = 0; i < 8; i++) {
+		struct sl_destination d = any_destination();
+
+		to[i] = &built[i];
+		EXPECT(!sl_template_init(to[i], &d));
+	}
 	fill_random(payload, sizeof(payload));
 	while (rounds--) {
 		uint32_t slot = draw(HELD), count;
@@ -429,19 +377,21 @@ static void check_queue(uint32_t rounds)
 		case 5:
 			count = 1 + draw(8);
 			for (i = 0; i < count; i++)
-				lengths[i] = draw(1200);
-			result = sl_queue_send(queue, &built, payload, sizeof(payload), NULL,
-					       lengths, count, &bad);
+				lengths[i] = draw(4) && i ? lengths[i - 1] : draw(1200);
+			/* one behind the other to one, one payload to many, or each its own */
+			result = sl_queue_send(queue, to, draw(2) ? 1 : count, payload,
+					       sizeof(payload), draw(2) ? same : NULL, lengths,
+					       count, &bad);
 			EXPECT(result >= 0 && (uint32_t)result <= count);
 			sent += result;
 			lengths[count - 1] = 65535;
-			EXPECT(sl_queue_send(queue, &built, payload, sizeof(payload), NULL, lengths,
-					     count, &bad) == -EMSGSIZE &&
+			EXPECT(sl_queue_send(queue, to, count, payload, sizeof(payload), NULL,
+					     lengths, count, &bad) == -EMSGSIZE &&
 			       bad == count - 1);
 			break;
 		case 6:
 			for (count = draw(20); count; count--)
-				transmit(kernel);
+				transmit(queue, kernel);
 			break;
 		case 7:
 			for (count = draw(20); count; count--)
@@ -463,7 +413,7 @@ static void check_queue(uint32_t rounds)
 				EXPECT(!sl_queue_release(held[i]));
 		}
 		while (kernel->on_wire || kernel->transmit.producer != kernel->transmit.consumer) {
-			transmit(kernel);
+			transmit(queue, kernel);
 			complete(kernel);
 			sl_queue_reap(queue);
 		}

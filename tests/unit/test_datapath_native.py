@@ -131,7 +131,9 @@ def test_build_is_what_scapy_builds(
         OURS, THEIRS, (ours, ports[0]), (theirs, ports[1]), vlan=vlan, hops=hops, traffic_class=traffic_class
     )
     room = ffi.new("uint8_t[]", lib.SL_TEMPLATE_SIZE + len(payload))
-    length = lib.sl_template_build(destination.template, room, payload, len(payload))
+    length = lib.sl_template_build(
+        destination.template, room, payload, len(payload), lib.sl_sum(payload, len(payload), 0)
+    )
     network = (
         IPv6(src=ours, dst=theirs, hlim=hops, tc=traffic_class)
         if v6
@@ -149,11 +151,11 @@ def test_checksum_zero_is_sent_as_ones() -> None:
     """A computed checksum of zero would mean that there is none (RFC 768)."""
     destination = Destination(OURS, THEIRS, ("fd00::1", 1), ("fd00::2", 2))
     room = ffi.new("uint8_t[]", 200)
-    lib.sl_template_build(destination.template, room, b"\0\0", 2)
+    lib.sl_template_build(destination.template, room, b"\0\0", 2, 0)
     sum_without = int.from_bytes(bytes(room[60:62]), "big")
     # A payload that adds what is missing to 0xffff makes the complement zero.
     payload = sum_without.to_bytes(2, "big")
-    lib.sl_template_build(destination.template, room, payload, 2)
+    lib.sl_template_build(destination.template, room, payload, 2, lib.sl_sum(payload, 2, 0))
     assert bytes(room[60:62]) == b"\xff\xff"
 
 

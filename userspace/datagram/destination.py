@@ -82,6 +82,8 @@ class Destination:
     flow_label: int = 0
     mtu: int = 1500
     template: CData = field(init=False, repr=False, compare=False)
+    #: ``struct sl_template *[1]``
+    templates: CData = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         source, source_port = _endpoint(self.source, "source")
@@ -117,6 +119,7 @@ class Destination:
                 hint="IPv4 has at least 68, IPv6 1280",
             )
         object.__setattr__(self, "template", template)
+        object.__setattr__(self, "templates", ffi.new("struct sl_template *[]", [template]))
 
     @property
     def payload_maximum(self) -> int:

@@ -26,6 +26,7 @@ from userspace.datagram.batch import Batch
 from userspace.datagram.companion import Companion
 from userspace.datagram.descriptors import LaneDescriptors, Mode, Refusal
 from userspace.datagram.destination import Endpoint
+from userspace.datagram.fanout import Fanout
 from userspace.datagram.lease import Companions
 from userspace.datagram.mmsg import MmsgLanes
 from userspace.datagram.opening import Wanted, lane_specs, rungs
@@ -80,6 +81,15 @@ class Lanes(Protocol):
         self, destination: Endpoint, payloads: Sequence[Buffer] | Batch, *, port: int | None = None
     ) -> int:
         """Send each payload as one datagram from service port ``port``; how many were accepted."""
+
+    def send_many(
+        self, fanout: Fanout, payloads: Buffer | Sequence[Buffer], *, port: int | None = None
+    ) -> int:
+        """Send one payload to all destinations, or one to each; how many were accepted.
+
+        ``failures`` says which were not, by index, and why.  Raises UsageError for a number of
+        payloads that is not that of the destinations.
+        """
 
     def send_back(self, batch: Batch) -> int:
         """Send every payload to where it came from, as it is now; how many were accepted.

@@ -26,6 +26,7 @@ from typing_extensions import Buffer
 from userspace.datagram.batch import Abandoned, Batch, worth_lingering
 from userspace.datagram.classifier import DatagramClassifier
 from userspace.datagram.descriptors import Refusal
+from userspace.datagram.fanout import Fanout, outgoing
 from userspace.datagram.plain_send import FATAL, gone
 from userspace.datagram.socket_statistics import LaneStatistics, SendFailure, SocketStatistics
 from userspace.datagram.sockets import (
@@ -268,6 +269,20 @@ class MmsgLanes:
         out.count, out.offset = len(lengths), ffi.NULL
         base, length = ffi.from_buffer("uint8_t[]", joined), ffi.from_buffer("uint32_t[]", lengths)
         out.base, out.length = base, length
+        return self._send(out, port, timeout)
+
+    def send_many(
+        self,
+        fanout: Fanout,
+        payloads: Buffer | Sequence[Buffer],
+        *,
+        port: int | None = None,
+        timeout: float = SEND_TIMEOUT,
+    ) -> int:
+        """One payload to all destinations, or one to each; otherwise as :meth:`send`."""
+        out, data = self._out, outgoing(payloads, len(fanout))
+        out.destination, out.destinations, out.count = fanout.sources, len(fanout), len(fanout)
+        out.base, out.offset, out.length = data.base, data.offsets, data.lengths
         return self._send(out, port, timeout)
 
     def send_back(self, batch: Batch, *, timeout: float = SEND_TIMEOUT) -> int:

@@ -9,13 +9,18 @@ import os
 import select
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from typing_extensions import Buffer
+
+from userspace.datagram.destination import Endpoint
+from userspace.datagram.fanout import Fanout, outgoing
 from userspace.datagram.socket_statistics import SendFailure
 from userspace.datagram.sockets import SocketAddress
-from xdp.errors import InterfaceGoneError
+from userspace.native._native import ffi
+from xdp.errors import InterfaceGoneError, UsageError
 
 #: Errors of the socket itself, as against those of one datagram.
 FATAL = frozenset((errno.EBADF, errno.ENOTSOCK))
@@ -62,6 +67,27 @@ class Outcome:
     def failures(self) -> tuple[SendFailure, ...]:
         """By index."""
         return tuple(SendFailure(index, error) for index, error in sorted(self.unsent.items()))
+
+
+def to_one(destination: Endpoint, payloads: Iterable[Buffer]) -> list[Datagram]:
+    """All to one.  Raises UsageError."""
+    to = SocketAddress.parse(destination)
+    try:
+        return [(index, memoryview(payload), to) for index, payload in enumerate(payloads)]
+    except TypeError:
+        raise UsageError("payloads are a sequence of bytes-like objects") from None
+
+
+def to_many(fanout: Fanout, payloads: Buffer | Sequence[Buffer]) -> list[Datagram]:
+    """One payload to all, or one to each.  Raises UsageError."""
+    data = outgoing(payloads, len(fanout))
+    whole, place = memoryview(ffi.buffer(data.base, data.size)), 0
+    made: list[Datagram] = []
+    for index, (to, length) in enumerate(zip(fanout.addresses, data.lengths, strict=True)):
+        start = data.offsets[index] if data.offsets else place
+        made.append((index, whole[start : start + length], to))
+        place += length
+    return made
 
 
 def send_plain(

@@ -25,7 +25,8 @@ from typing_extensions import Buffer
 
 from userspace.datagram.batch import Abandoned, Batch, worth_lingering
 from userspace.datagram.descriptors import Refusal
-from userspace.datagram.plain_send import FATAL, Datagram, Outcome, gone, send_plain
+from userspace.datagram.fanout import Fanout
+from userspace.datagram.plain_send import FATAL, Datagram, Outcome, gone, send_plain, to_many, to_one
 from userspace.datagram.portable_queue import LaneQueue, Received, share_out
 from userspace.datagram.socket_statistics import LaneStatistics, SendFailure, SocketStatistics
 from userspace.datagram.sockets import (
@@ -352,12 +353,19 @@ class PortableLanes:
         """As MmsgLanes.send."""
         self._opened()
         number = socket_of(self._sockets, port)
-        to = SocketAddress.parse(destination)
-        try:
-            datagrams = [(index, memoryview(payload), to) for index, payload in enumerate(payloads)]
-        except TypeError:
-            raise UsageError("payloads are a sequence of bytes-like objects") from None
-        return self._send({number: datagrams}, timeout)
+        return self._send({number: to_one(destination, payloads)}, timeout)
+
+    def send_many(
+        self,
+        fanout: Fanout,
+        payloads: Buffer | Sequence[Buffer],
+        *,
+        port: int | None = None,
+        timeout: float = 1.0,
+    ) -> int:
+        """As MmsgLanes.send_many."""
+        self._opened()
+        return self._send({socket_of(self._sockets, port): to_many(fanout, payloads)}, timeout)
 
     def send_back(self, batch: Batch, *, timeout: float = 1.0) -> int:
         """As MmsgLanes.send_back."""

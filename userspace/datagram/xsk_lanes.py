@@ -23,7 +23,9 @@ from userspace.datagram.batch import Abandoned, Batch, worth_lingering
 from userspace.datagram.companion import Companion
 from userspace.datagram.descriptors import LaneDescriptors, LaneSpec, Mode, QueueDescriptors
 from userspace.datagram.destination import Destination, Endpoint
+from userspace.datagram.fanout import Fanout
 from userspace.datagram.mmsg import MmsgLanes
+from userspace.datagram.socket_statistics import SendFailure
 from userspace.datagram.xsk_queues import failure, map_queue, watch_queues
 from userspace.datagram.xsk_send import Sender
 from userspace.datagram.xsk_statistics import Frames, QueueStatistics, XskStatistics, read_frames, read_queue
@@ -127,6 +129,8 @@ class XskLanes:
         self._abandoned: deque[Abandoned] = deque()
         self._capacity = DEFAULT_BATCH
         self._spare: list[CData] = []
+        #: of the last send_many
+        self.failures: tuple[SendFailure, ...] = ()
         self._sender = Sender(self._queues[0], descriptors.interface)
 
     @property
@@ -314,10 +318,15 @@ class XskLanes:
         """What makes frames to an (address, port), or the kernel sockets that send there now."""
         if port is None:
             raise UsageError("which port to send from is not known", hint="give port=, one of your services'")
-        kernel = self._companion.lanes if self._companion is not None else None
-        if kernel is None or port not in kernel.ports:
+        kernel = self._kernel(port)
+        if kernel is None:
             return self._sender.resolve(destination, port)
         return self._sender.find(destination, port) or kernel
+
+    def _kernel(self, port: int) -> MmsgLanes | None:
+        """Kernel sockets, if one of them sends from that port."""
+        kernel = self._companion.lanes if self._companion is not None else None
+        return kernel if kernel is not None and port in kernel.ports else None
 
     def send_columns(
         self,
@@ -342,6 +351,20 @@ class XskLanes:
                 return headers.send(destination, pieces, port=port, timeout=0)
             destination = headers
         return self._sender.send_columns(destination, data, offsets, lengths)
+
+    def send_many(
+        self, fanout: Fanout, payloads: Buffer | Sequence[Buffer], *, port: int | None = None
+    ) -> int:
+        """Send one payload to all destinations, or one to each; how many were accepted.
+
+        Each goes where :meth:`send` would send it.  A payload is copied once for each frame and summed
+        once for all.  Which were not accepted says ``failures``: EAGAIN where frames or the ring ran out.
+        What is longer than a path's MTU goes through the companion socket; without one that is UsageError.
+        """
+        if port is None:
+            raise UsageError("which port to send from is not known", hint="give port=, one of your services'")
+        sent, self.failures = self._sender.send_many(fanout, payloads, port, self._kernel(port))
+        return sent
 
     def send_back(self, batch: Batch, *, checksum: bool = True) -> int:
         """Send every packet of a batch back to where it came from, in its own frame; the batch is used up.

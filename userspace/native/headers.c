@@ -242,7 +242,7 @@ static void put_udp_checksum(uint8_t *field, uint64_t sum)
 }
 
 uint32_t sl_template_build(const struct sl_template *built, uint8_t *frame, const uint8_t *payload,
-			   uint32_t length)
+			   uint32_t length, uint64_t payload_sum)
 {
 	uint8_t *ip = frame + built->ip, *udp = frame + built->udp;
 	uint16_t udp_length = UDP_SIZE + length, folded;
@@ -259,8 +259,8 @@ uint32_t sl_template_build(const struct sl_template *built, uint8_t *frame, cons
 		put16(ip + 4, udp_length);
 	}
 	/* The length counts twice: in the pseudo header and in the UDP header. */
-	put_udp_checksum(udp + 6, sl_sum(payload, length,
-					 sl_sum(udp + 4, 2, sl_sum(udp + 4, 2, built->udp_sum))));
+	put_udp_checksum(udp + 6,
+			 payload_sum + sl_sum(udp + 4, 2, sl_sum(udp + 4, 2, built->udp_sum)));
 	return built->length + length;
 }
 

@@ -73,10 +73,11 @@ int sl_template_init(struct sl_template *built, const struct sl_destination *des
 /*
  * Writes headers and payload to frame, checksums included, and returns the
  * frame's length.  frame has room for SL_TEMPLATE_SIZE + length bytes; length is
- * at most payload_maximum.
+ * at most payload_maximum.  payload_sum is sl_sum(payload, length, 0), which who
+ * sends one payload to many computes once.
  */
 uint32_t sl_template_build(const struct sl_template *built, uint8_t *frame, const uint8_t *payload,
-			   uint32_t length);
+			   uint32_t length, uint64_t payload_sum);
 
 /*
  * Turns a received frame into one to its sender: MAC addresses, IP addresses and

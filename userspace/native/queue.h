@@ -139,13 +139,15 @@ int sl_queue_release(struct sl_batch *batch);
 
 /*
  * Sends payloads data + offsets[i], lengths[i] bytes each; offsets NULL: they
- * lie one after the other.  Returns how many were accepted, fewer than count when frames or ring
+ * lie one after the other.  With templates 1 all go to built[0]; else templates is
+ * count, and each goes to its own.  Payloads at one place in a row are summed once.
+ * Returns how many were accepted, the first ones; fewer than count when frames or ring
  * ran out, or -EMSGSIZE (*bad is the index of one that is too long), -EFAULT (one
  * is not within size), -EBADF, -ENXIO (the interface is gone), -EPROTO.
  */
-int sl_queue_send(struct sl_queue *queue, const struct sl_template *built, const uint8_t *data,
-		  uint64_t size, const uint32_t *offsets, const uint32_t *lengths, uint32_t count,
-		  uint32_t *bad);
+int sl_queue_send(struct sl_queue *queue, struct sl_template *const *built, uint32_t templates,
+		  const uint8_t *data, uint64_t size, const uint32_t *offsets,
+		  const uint32_t *lengths, uint32_t count, uint32_t *bad);
 
 /*
  * Sends the batch's own frames back to where they came from (sl_reverse); the

@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <sys/socket.h>
 
+#include "checksum.h"
 #include "queue.h"
 #include "queue_private.h"
 
@@ -102,15 +103,16 @@ int sl_queue_reap(struct sl_queue *queue)
 	return left;
 }
 
-static int check_payloads(const struct sl_template *built, uint64_t size, const uint32_t *offsets,
-			  const uint32_t *lengths, uint32_t count, uint32_t *bad)
+static int check_payloads(struct sl_template *const *built, uint32_t step, uint64_t size,
+			  const uint32_t *offsets, const uint32_t *lengths, uint32_t count,
+			  uint32_t *bad)
 {
 	uint64_t at = 0;
 
 	for (*bad = 0; *bad < count; ++*bad) {
 		if (offsets)
 			at = offsets[*bad];
-		if (lengths[*bad] > built->payload_maximum)
+		if (lengths[*bad] > built[*bad * step]->payload_maximum)
 			return -EMSGSIZE;
 		if (at + lengths[*bad] > size)
 			return -EFAULT;
@@ -129,15 +131,15 @@ static uint32_t transmit_room(struct sl_queue *queue, uint32_t wanted)
 	return room < wanted ? room : wanted;
 }
 
-int sl_queue_send(struct sl_queue *queue, const struct sl_template *built, const uint8_t *data,
-		  uint64_t size, const uint32_t *offsets, const uint32_t *lengths, uint32_t count,
-		  uint32_t *bad)
+int sl_queue_send(struct sl_queue *queue, struct sl_template *const *built, uint32_t templates,
+		  const uint8_t *data, uint64_t size, const uint32_t *offsets,
+		  const uint32_t *lengths, uint32_t count, uint32_t *bad)
 {
-	uint32_t done = 0, room, index, i;
-	uint64_t at = 0;
+	uint32_t done = 0, room, index, i, step = templates > 1;
+	uint64_t at = 0, summed = UINT64_MAX, sum = 0;
 	int result;
 
-	result = check_payloads(built, size, offsets, lengths, count, bad);
+	result = check_payloads(built, step, size, offsets, lengths, count, bad);
 	if (result)
 		return result;
 	sl_lock(queue);
@@ -167,8 +169,12 @@ int sl_queue_send(struct sl_queue *queue, const struct sl_template *built, const
 			queue->state[frame] = SL_TRANSMIT;
 			desc->addr = (uint64_t)frame << queue->frame_shift;
 			desc->options = 0;
-			desc->len = sl_template_build(built, queue->area + desc->addr, data + at,
-						      lengths[done]);
+			if (at != summed || lengths[done] != lengths[done - 1]) {
+				sum = sl_sum(data + at, lengths[done], 0);
+				summed = at;
+			}
+			desc->len = sl_template_build(built[done * step], queue->area + desc->addr,
+						      data + at, lengths[done], sum);
 			at += lengths[done];
 		}
 		xsk_ring_prod__submit(&queue->transmit, room);
