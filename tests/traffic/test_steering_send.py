@@ -148,9 +148,14 @@ def test_too_long_for_the_mtu(served: Served) -> None:
 
 
 def test_nobody_there(served: Served) -> None:
-    """A neighbour that does not answer is an error within seconds, not a hang."""
-    with served.lab.server.enter(), pytest.raises(UnsupportedError, match=NO_NEIGHBOUR):
+    """A neighbour that does not answer: the kernel takes it, as any; who asks is told within seconds."""
+    before = served.lanes.statistics().sent
+    with served.lab.server.enter():
+        assert served.lanes.send(("10.81.0.99", PORT), [b"?"], port=ECHO) == 1
+        with pytest.raises(UnsupportedError, match=NO_NEIGHBOUR):
+            resolve_destination(served.lab.server.interface, "10.81.0.99", PORT, ECHO)
         served.lanes.send(("10.81.0.99", PORT), [b"?"], port=ECHO)
+    assert served.lanes.statistics().sent == before
 
 
 def test_all_frames_come_back(served: Served) -> None:

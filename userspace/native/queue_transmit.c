@@ -103,7 +103,7 @@ int sl_queue_reap(struct sl_queue *queue)
 	return left;
 }
 
-static int check_payloads(struct sl_template *const *built, uint32_t step, uint64_t size,
+static int check_payloads(struct sl_template *const *built, bool many, uint64_t size,
 			  const uint32_t *offsets, const uint32_t *lengths, uint32_t count,
 			  uint32_t *bad)
 {
@@ -112,7 +112,7 @@ static int check_payloads(struct sl_template *const *built, uint32_t step, uint6
 	for (*bad = 0; *bad < count; ++*bad) {
 		if (offsets)
 			at = offsets[*bad];
-		if (lengths[*bad] > built[*bad * step]->payload_maximum)
+		if (lengths[*bad] > built[many ? *bad : 0]->payload_maximum)
 			return -EMSGSIZE;
 		if (at + lengths[*bad] > size)
 			return -EFAULT;
@@ -135,11 +135,12 @@ int sl_queue_send(struct sl_queue *queue, struct sl_template *const *built, uint
 		  const uint8_t *data, uint64_t size, const uint32_t *offsets,
 		  const uint32_t *lengths, uint32_t count, uint32_t *bad)
 {
-	uint32_t done = 0, room, index, i, step = templates > 1;
+	uint32_t done = 0, room, index, i;
 	uint64_t at = 0, summed = UINT64_MAX, sum = 0;
+	bool many = templates > 1;
 	int result;
 
-	result = check_payloads(built, step, size, offsets, lengths, count, bad);
+	result = check_payloads(built, many, size, offsets, lengths, count, bad);
 	if (result)
 		return result;
 	sl_lock(queue);
@@ -173,8 +174,9 @@ int sl_queue_send(struct sl_queue *queue, struct sl_template *const *built, uint
 				sum = sl_sum(data + at, lengths[done], 0);
 				summed = at;
 			}
-			desc->len = sl_template_build(built[done * step], queue->area + desc->addr,
-						      data + at, lengths[done], sum);
+			desc->len = sl_template_build(built[many ? done : 0],
+						      queue->area + desc->addr, data + at,
+						      lengths[done], sum);
 			at += lengths[done];
 		}
 		xsk_ring_prod__submit(&queue->transmit, room);
