@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sluice_cli.bench import ECHO, RECEIVE, TRANSMIT
+from sluice_cli.bench import ECHO, FANOUT, RECEIVE, TRANSMIT
 from tests.traffic.commands import interrupt, refused, report, run
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
@@ -25,7 +25,7 @@ def check(document: dict[str, Any], direction: str, size: int, names: list[str])
     assert machine["kernel"] == os.uname().release
     rows = {row["path"]: row for row in document["results"] if row["size"] == size}
     assert list(rows) == names
-    kernel = "sendmmsg-c" if direction == "transmit" else "recvmmsg-c"
+    kernel = "sendmmsg-c" if direction in {"transmit", "fanout"} else "recvmmsg-c"
     for row in rows.values():
         assert row["direction"] == direction
         assert row["batch"] > 0
@@ -59,6 +59,11 @@ def test_receive_large_payloads_and_medians() -> None:
 def test_transmit_all_paths() -> None:
     names = [path.name for path in TRANSMIT]
     check(report("bench", "transmit", "--size", "64", *SHORT, *SAME), "transmit", 64, names)
+
+
+def test_fanout_all_paths() -> None:
+    names = [path.name for path in FANOUT]
+    check(report("bench", "fanout", "--size", "1232", *SHORT, *SAME), "fanout", 1232, names)
 
 
 def test_echo_all_paths() -> None:

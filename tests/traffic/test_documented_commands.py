@@ -103,6 +103,7 @@ CASES: dict[str, Case] = {
     "sluice bench receive": Case(r"sluice\s+64", more=SHORT),
     "sluice bench receive --same-core": Case(r"sluice\s+64", more=SHORT),
     "sluice bench transmit": Case(r"sluice\s+64", more=SHORT),
+    "sluice bench fanout": Case(r"sluice\s+1232", more=SHORT),
     "sluice bench echo": Case(r"sluice\s+64", more=SHORT),
     "sluice bench latency": Case(r"heartbeat", more=("--seconds", "0.2")),
     "sluice bench program": Case(r"(?s)v4.*v6", more=("--seconds", "0.5")),

@@ -347,7 +347,9 @@ def test_interruption_lets_tests_clean_up(checkout: Path, sent: signal.Signals, 
         # not in the fixture: interrupted before its yield, it would have nothing to clean up
         "def test_a(thing):\n"
         "    pathlib.Path('up').touch()\n"
-        "    threading.Event().wait(60)\n",
+        # in pieces: a signal that comes just before a wait is heard only after it
+        "    for _ in range(600):\n"
+        "        threading.Event().wait(0.1)\n",
     )
     script = (
         "import sys, click; from pathlib import Path; from sluice_cli import testing; "

@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-/* Sends --size bytes to --address and --port, a batch at a time with sendmmsg. */
+/*
+ * Sends --size bytes to --address and --port, a batch at a time with sendmmsg; with --ports to as
+ * many ports in turn, the same bytes to all.
+ */
 #include "mmsg.h"
 
 int main(int argc, char **argv)
@@ -17,7 +20,9 @@ int main(int argc, char **argv)
 	prepare_batch(arguments.size);
 	for (i = 0; i < BATCH_MAX; i++) {
 		batch.sources[i].sin_family = AF_INET;
-		batch.sources[i].sin_port = htons(arguments.port);
+		batch.sources[i].sin_port = htons(arguments.port + i % arguments.ports);
+		if (arguments.ports > 1)
+			batch.vectors[i].iov_base = batch.buffers[0];
 		if (inet_pton(AF_INET, arguments.address, &batch.sources[i].sin_addr) != 1)
 			fail(arguments.address, EINVAL);
 	}

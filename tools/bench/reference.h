@@ -36,6 +36,7 @@ struct arguments {
 	uint16_t port;
 	double seconds;
 	uint32_t interval_us; /* between round trips */
+	uint32_t ports;       /* to send to, from port on, in turn; 1: only that one */
 	int touch;            /* read 8 bytes of every packet */
 	const char *frame;    /* file with the frame to send */
 	const char *address;  /* of the peer */
@@ -76,7 +77,7 @@ static inline void fail(const char *what, int error)
 
 static inline struct arguments parse_arguments(int argc, char **argv)
 {
-	struct arguments arguments = { .batch = 64, .seconds = 1, .size = 64 };
+	struct arguments arguments = { .batch = 64, .seconds = 1, .size = 64, .ports = 1 };
 	static const struct option options[] = {
 		{ "interface", required_argument, NULL, 'i' },
 		{ "queue", required_argument, NULL, 'q' },
@@ -90,6 +91,7 @@ static inline struct arguments parse_arguments(int argc, char **argv)
 		{ "frame", required_argument, NULL, 'f' },
 		{ "address", required_argument, NULL, 'a' },
 		{ "interval", required_argument, NULL, 'n' },
+		{ "ports", required_argument, NULL, 'o' },
 		{ 0 },
 	};
 	struct sigaction action = { .sa_handler = stop };
@@ -130,6 +132,9 @@ static inline struct arguments parse_arguments(int argc, char **argv)
 		case 'a':
 			arguments.address = optarg;
 			break;
+		case 'o':
+			arguments.ports = strtoul(optarg, NULL, 10);
+			break;
 		case 'n':
 			arguments.interval_us = strtoul(optarg, NULL, 10);
 			break;
@@ -139,6 +144,10 @@ static inline struct arguments parse_arguments(int argc, char **argv)
 	}
 	if (!arguments.batch || arguments.batch > 1024) {
 		fprintf(stderr, "--batch must be 1 to 1024\n");
+		exit(2);
+	}
+	if (!arguments.ports || arguments.ports > 65535U - arguments.port) {
+		fprintf(stderr, "--ports must be at least 1, and end at 65535\n");
 		exit(2);
 	}
 	/* No SA_RESTART: a blocked call returns and the loop ends. */

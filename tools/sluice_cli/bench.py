@@ -19,7 +19,7 @@ from typing import Any, Final
 import click
 
 from sluice_cli.bench_program import program
-from sluice_cli.bench_room import HEARTBEAT_PORT, PORT, Room, Sample
+from sluice_cli.bench_room import HEARTBEAT_PORT, PORT, SENDING, Room, Sample
 from sluice_cli.output import Output, Table, common_options, examples
 from xdp.errors import UsageError
 
@@ -70,7 +70,14 @@ ECHO: Final = (
     Contender("asyncio", "asyncio", 1),
     Contender("uvloop", "uvloop", 1),
 )
-PATHS: Final = {"receive": RECEIVE, "transmit": TRANSMIT, "echo": ECHO}
+#: One payload to each of 200 destinations, as a node of a Turbine tree sends on (its fan-out).
+FANOUT: Final = (
+    Contender("xsk-c", "xsk-c", 200),
+    Contender("sluice", "sluice", 200),
+    Contender("sendmmsg-c", "mmsg-c", 200),
+    Contender("sluice-mmsg", "sluice-mmsg", 200),
+)
+PATHS: Final = {"receive": RECEIVE, "transmit": TRANSMIT, "echo": ECHO, "fanout": FANOUT}
 
 #: What a path's rate is divided by: the C program on libxdp that does the same.
 _REFERENCE: Final = {"sluice-touch": "xsk-c-touch", "sluice-linger-touch": "xsk-c-touch"}
@@ -81,6 +88,7 @@ _REFERENCE: Final = {"sluice-touch": "xsk-c-touch", "sluice-linger-touch": "xsk-
         """sudo sluice bench receive
         sudo sluice bench receive --size 1232 --path sluice --path xsk-c --runs 5
         sudo sluice bench transmit --size 64
+        sudo sluice bench fanout --size 1232
         sudo sluice bench echo --json
         sudo sluice bench latency --seconds 10
         sudo sluice bench program"""
@@ -193,7 +201,7 @@ def _row(
     path: Contender, direction: str, size: int, samples: dict[tuple[str, int], list[Sample]]
 ) -> dict[str, Any]:
     own = samples[path.name, size]
-    kernel = "sendmmsg-c" if direction == "transmit" else "recvmmsg-c"
+    kernel = "sendmmsg-c" if direction in SENDING else "recvmmsg-c"
     reference = samples.get((_REFERENCE.get(path.name, "xsk-c"), size))
     cpu = _median(own, "process_cpu_ns")
     return {
@@ -265,6 +273,16 @@ def receive(output: Output, **options: Any) -> None:
 def transmit(output: Output, **options: Any) -> None:
     """Send as fast as it goes; the other end drops."""
     _measure(output, "transmit", **options)
+
+
+@bench.command(name="fanout")
+@_options("fanout")
+def fanout(output: Output, **options: Any) -> None:
+    """Send one payload to each of 200 destinations, again and again; the other end drops.
+
+    "xsk-c" sends frames that are ready-made, which no program with many destinations has.
+    """
+    _measure(output, "fanout", **options)
 
 
 @bench.command(name="echo")

@@ -35,6 +35,8 @@ from xdp.tables import compile_policy
 
 PORT: Final = 9000
 HEARTBEAT_PORT: Final = 9001
+#: Directions in which the path itself is what sends.
+SENDING: Final = frozenset(("transmit", "fanout"))
 _START_TIMEOUT: Final = 30.0  # seconds; Python, imports and sockets on a busy machine
 #: Added to a run's length for the generator, which starts before and is stopped after.
 _MARGIN: Final = 5.0
@@ -162,7 +164,7 @@ class Room:
             )
             cleanup.callback(_end, process)
             _wait_ready(process, path)
-            if direction != "transmit":
+            if direction not in SENDING:
                 stream = Stream([Template(self.frame(size))])
                 self.generator.start([stream], seconds + _MARGIN, pristine=True)
                 cleanup.callback(self._stop_generator)
@@ -191,7 +193,8 @@ class Room:
         command: list[str]
         if path.endswith("-c"):
             family = "xsk" if path.startswith("xsk") else "mmsg"
-            command = [str(compile_reference(f"{family}_{direction}", self._directory))]
+            program = "transmit" if direction in SENDING else direction
+            command = [str(compile_reference(f"{family}_{program}", self._directory))]
             command += [
                 "--batch",
                 str(batch),
@@ -204,9 +207,11 @@ class Room:
             ]
             if family == "xsk":
                 command += ["--interface", host.interface]
-                if direction != "transmit":
+                if direction not in SENDING:
                     command += ["--map-id", str(xsks), "--map-index", "0"]
-            if direction == "transmit":
+            elif direction == "fanout":
+                command += ["--ports", str(batch)]
+            if direction in SENDING:
                 frame = self._directory / f"frame-{size}"
                 frame.write_bytes(udp_frame(host, self.lab.client, PORT, bytes(size)))
                 command += ["--frame", str(frame), "--address", str(self.lab.client.ipv4)]
@@ -216,7 +221,7 @@ class Room:
                 path=path,
                 direction=direction,
                 interface=host.interface,
-                map_id=0 if direction == "transmit" else xsks,
+                map_id=0 if direction in SENDING else xsks,
                 cookie=self.program.cookie,
                 batch=batch,
                 size=size,

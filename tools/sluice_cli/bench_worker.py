@@ -164,6 +164,37 @@ def sluice_transmit(arguments: Arguments, meter: Meter) -> None:
             meter.count(lanes.send_columns(destination, payloads, offsets, lengths))
 
 
+def fanout_to(arguments: Arguments) -> Any:
+    """As many destinations as a batch has packets: ports of one address, each with headers of its own."""
+    from userspace.datagram.fanout import Fanout
+
+    return Fanout((arguments.address, arguments.port + number) for number in range(arguments.batch))
+
+
+def sluice_fanout(arguments: Arguments, meter: Meter) -> None:
+    """One payload to many, again and again."""
+    fanout, payload = fanout_to(arguments), bytes(arguments.size)
+    with _open_lanes(arguments) as lanes:
+        _send_many(lanes, fanout, payload, arguments.port, meter)
+
+
+def mmsg_fanout(arguments: Arguments, meter: Meter) -> None:
+    """The same through kernel sockets."""
+    fanout, payload = fanout_to(arguments), bytes(arguments.size)
+    with _open_mmsg(arguments) as lanes:
+        _send_many(lanes, fanout, payload, arguments.port, meter)
+
+
+def _send_many(lanes: Any, fanout: Any, payload: bytes, port: int, meter: Meter) -> None:
+    lanes.send_many(fanout, payload, port=port)  # routes are asked for now
+    ready()
+    while meter.running():
+        packets = 0
+        for _ in range(_TURN):
+            packets += lanes.send_many(fanout, payload, port=port)
+        meter.count(packets)
+
+
 def _lost(lanes: Any) -> int:
     lanes_of_queues = [lane for queue in lanes.statistics().queues for lane in queue.lanes]
     return sum(lane.ring_full + lane.dropped for lane in lanes_of_queues)
@@ -274,7 +305,9 @@ RUNNERS: Final[dict[tuple[str, str], Callable[[Arguments, Meter], None]]] = {
     ("sluice", "receive"): sluice_receive,
     ("sluice", "echo"): sluice_echo,
     ("sluice", "transmit"): sluice_transmit,
+    ("sluice", "fanout"): sluice_fanout,
     ("sluice-mmsg", "receive"): mmsg_receive,
+    ("sluice-mmsg", "fanout"): mmsg_fanout,
     ("socket", "receive"): socket_receive,
     ("socket", "echo"): socket_echo,
     ("asyncio", "receive"): asyncio_run,
