@@ -31,7 +31,7 @@ struct decision {
 	u64 now;
 	struct sluice_policy *policy;
 	struct sluice_rule *rule;
-	struct sluice_peer *peer;
+	struct found from;
 	struct sluice_counters *row;
 	u32 lane;
 	u8 service;
@@ -58,10 +58,10 @@ static __always_inline int over_limits(const struct packet *packet, struct decis
 	u32 demote_lane = rule->demote_lane;
 	u64 *tat;
 
-	if (decision->peer &&
-	    limit_over(&decision->peer->tat_ns, &rule->peer, decision->now, decision->row)) {
+	if (decision->from.peer &&
+	    limit_over(&decision->from.peer->tat_ns, &rule->peer, decision->now, decision->row)) {
 		reason = SLUICE_DROP_PEER_LIMIT;
-	} else if (rule->prefix.interval_ns && (!decision->peer || !decision->peer->id)) {
+	} else if (rule->prefix.interval_ns && !decision->from.id) {
 		tat = limit_prefix_bucket(packet, decision->policy);
 		if (tat && limit_over(tat, &rule->prefix, decision->now, decision->row))
 			reason = SLUICE_DROP_PREFIX_LIMIT;
@@ -107,7 +107,7 @@ static __always_inline int write_metadata(struct xdp_md *ctx, const struct packe
 	if ((void *)(meta + 1) > (void *)(long)ctx->data)
 		return 0;
 	meta->cookie = SLUICE_COOKIE;
-	meta->peer = decision->peer ? decision->peer->id : 0;
+	meta->peer = decision->from.id;
 	meta->time_ns = decision->now;
 	meta->payload_offset = packet->payload_offset;
 	meta->payload_length = packet->payload_length;
@@ -192,7 +192,7 @@ int sluice_steer(struct xdp_md *ctx)
 	u32 cpu = bpf_get_smp_processor_id();
 	u32 zero = 0, bank;
 	u64 number;
-	int action = XDP_PASS, reason, at_home;
+	int action = XDP_PASS, reason;
 
 	decision.row = counters.lookup(&cpu);
 	packet = scratch.lookup(&cpu);
@@ -236,10 +236,9 @@ int sluice_steer(struct xdp_md *ctx)
 
 	decision.now = bpf_ktime_get_ns();
 	decision.service = port->service;
-	decision.peer = peer_find(&packet->source, bank, cpu, decision.now, decision.row);
-	decision.class_id = peer_class(decision.peer, &packet->source, number, bank);
-	at_home = peer_is_home(decision.peer, cpu);
-	peer_count(decision.peer, at_home, decision.now, length);
+	peer_find(&decision.from, &packet->source, bank, cpu, decision.now, decision.row);
+	decision.class_id = peer_class(&decision.from, &packet->source, number, bank, cpu);
+	peer_count(&decision.from, decision.now, length, decision.row);
 
 	decision.kind = policy_kind(&frame, packet, bank, port);
 	decision.rule = policy_rule(bank, decision.service, decision.class_id, decision.kind);
@@ -248,7 +247,7 @@ int sluice_steer(struct xdp_md *ctx)
 	else
 		reason = SLUICE_PASS_POLICY;
 	if (action == XDP_DROP)
-		peer_count_drop(decision.peer, at_home);
+		peer_count_drop(&decision.from);
 out:
 	count_verdict(decision.row, decision.lane, reason, length);
 	return action;

@@ -74,7 +74,7 @@ class PolicyMaps:
 
     def _number_peers(self, tables: Tables) -> tuple[Tables, list[bytes]]:
         """The same tables with peers numbered as they already are, and the addresses that are gone."""
-        id_offset = ffi.offsetof("struct sluice_peer", "id")
+        id_offset = ffi.offsetof("struct sluice_known", "id")
         present = {
             key: struct.unpack_from("=I", value, id_offset)[0] for key, value in self._maps["known"].items()
         }
@@ -123,7 +123,7 @@ class PolicyMaps:
             for index in range(known.count)
             if raw[index * _ADDRESS_SIZE : (index + 1) * _ADDRESS_SIZE] not in present
         ]
-        values = ffi.new("struct sluice_peer[]", len(fresh))
+        values = ffi.new("struct sluice_known[]", len(fresh))
         for value, (_, number) in zip(values, fresh, strict=True):
             value.id = number
         keys = ffi.from_buffer("char[]", b"".join(key for key, _ in fresh))

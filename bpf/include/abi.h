@@ -37,7 +37,7 @@
 #define SLUICE_MAX_KINDS 8     /* kind 0: no pattern matched */
 #define SLUICE_MAX_PATTERNS 16 /* patterns of one service */
 #define SLUICE_MAX_QUEUES 64
-#define SLUICE_MAX_STRANGERS 65536  /* LRU: unknown remote addresses */
+#define SLUICE_MAX_STRANGERS 65536  /* so many unknown remote addresses are remembered */
 #define SLUICE_MAX_KNOWN 131072     /* configured peers */
 #define SLUICE_MAX_PREFIXES 262144  /* per bank, both families */
 #define SLUICE_PREFIX_BUCKETS 16384 /* limits of stranger prefixes, a power of 2 */
@@ -45,6 +45,11 @@
 
 /* 2^20 bits: with 10,000 configured peers one stranger in 100 is looked up in vain. */
 #define SLUICE_FILTER_WORDS 16384
+
+/* Twice as many entries as strangers, for their places are chosen by chance. */
+#define SLUICE_STRANGER_SETS 8192 /* a power of 2 */
+#define SLUICE_STRANGER_WAYS 16
+#define SLUICE_STRANGER_ENTRIES 131072 /* SLUICE_STRANGER_SETS * SLUICE_STRANGER_WAYS */
 
 #define SLUICE_FILTER_SIZE 32768 /* SLUICE_BANKS * SLUICE_FILTER_WORDS */
 #define SLUICE_PORTS_SIZE 131072 /* SLUICE_BANKS * SLUICE_PORTS */
@@ -196,25 +201,59 @@ struct sluice_prefix_class {
 };
 
 /*
- * maps "known" (hash: configured peers, never evicted) and "strangers" (LRU).
- * class_stamp is generation << 8 | class, one word so that the two can never
- * be torn apart; a stamp of another generation means: ask the trie again.
+ * What is known of a remote address, and asked or changed with each of its
+ * packets: it fits into one cache line with the address or the number.
+ *
+ * generation, home and class_id are one aligned 64-bit word, written as one, so that
+ * they can't be torn apart.  The class is that of this generation of the policy;
+ * with another one the trie has to be asked again.
  */
 struct sluice_peer {
-	__u64 tat_ns; /* GCRA, theoretical arrival time */
-	__u64 class_stamp;
-	__u64 packets; /* by the home CPU, which alone writes these three; see .._elsewhere */
+	__u64 tat_ns;     /* GCRA, theoretical arrival time */
+	__u32 generation; /* its lower 32 bits */
+	__u16 home;       /* number of the CPU that saw the first packet, plus 1; 0: none did */
+	__u8 class_id;
+	__u8 shared;   /* strangers: the entry in "strangers_away" is this one's */
+	__u64 packets; /* by the home CPU, which alone writes these three; see struct sluice_away */
 	__u64 bytes;   /* of whole frames */
 	__u64 drops;
 	__u64 last_seen_ns; /* CLOCK_MONOTONIC */
-	__u64 first_seen_ns;
-	__u32 id;   /* configured peer's number, 0: stranger */
-	__u32 home; /* number of the CPU that saw the first packet, plus 1; 0: none did */
-	/* By all other CPUs, atomically.  A total is the sum of both. */
-	__u64 packets_elsewhere;
-	__u64 bytes_elsewhere;
-	__u64 drops_elsewhere;
-	__u64 reserved[5]; /* two cache lines: in a hash map's element each is one of the CPU's */
+};
+
+/* Counted by all CPUs but the home, atomically.  A total is the sum of both. */
+struct sluice_away {
+	__u64 packets;
+	__u64 bytes;
+	__u64 drops;
+};
+
+/* map "known", hash by address: configured peers, never evicted */
+struct sluice_known {
+	struct sluice_peer peer;
+	__u32 id; /* from 1 */
+	__u32 reserved[3];
+	struct sluice_away away;
+	__u64 reserved_end[5]; /* two cache lines: in a hash map's element each is one of the CPU's */
+};
+
+/*
+ * maps "strangers", array[SLUICE_STRANGER_ENTRIES], and "strangers_away", the
+ * same of struct sluice_away, both can be mapped: way * SLUICE_STRANGER_SETS + set.
+ * An address of zeros: nobody is here.  bpf/include/strangers.h says who is where.
+ */
+struct sluice_stranger {
+	struct sluice_peer peer;
+	struct sluice_address address;
+};
+
+/* map "stranger_sets", array[SLUICE_STRANGER_SETS], can be mapped: a cache line */
+struct sluice_stranger_set {
+	__u32 tag[SLUICE_STRANGER_WAYS]; /* bits of the address's hash; 0: empty */
+};
+
+/* map "stranger_turns", array[SLUICE_STRANGER_SETS] */
+struct sluice_stranger_turn {
+	__u64 word; /* changes so far << 1 | one is under way */
 };
 
 /*
@@ -250,9 +289,9 @@ struct sluice_counters {
 	__u64 demoted_from[SLUICE_MAX_LANES];
 	__u64 demoted_to[SLUICE_MAX_LANES];
 	__u64 strangers_created; /* minus those present: evicted */
-	__u64 strangers_refused; /* the LRU had no slot to give */
-	__u64 metadata_refused;  /* driver without room for metadata */
-	__u64 limit_contended;   /* compare-and-swap lost too often, treated as over */
+	__u64 strangers_refused; /* another CPU was adding to the same set; counted, but for no peer */
+	__u64 metadata_refused; /* driver without room for metadata */
+	__u64 limit_contended;  /* compare-and-swap lost too often, treated as over */
 	__u64 reserved[4];
 };
 
@@ -262,7 +301,7 @@ struct sluice_counters {
  */
 struct sluice_meta {
 	__u32 cookie;
-	__u32 peer;           /* struct sluice_peer.id */
+	__u32 peer;           /* struct sluice_known.id, 0: stranger */
 	__u64 time_ns;        /* CLOCK_MONOTONIC at program entry */
 	__u16 payload_offset; /* from the start of the frame */
 	__u16 payload_length;

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
  * Who sent it.  Configured peers live in "known", where no stranger can evict
- * them; everybody else lives in "strangers", an LRU.  Both hold the same value:
- * class, limit and counters, so that one look-up finds all there is to know.
+ * them; everybody else lives in "strangers" (strangers.h).  Both hold a struct
+ * sluice_peer: class, limit and counters, so that one look-up finds all that a
+ * packet needs.
  *
  * A filter of one bit per configured peer says for most strangers that they are
  * none, which saves a look-up and the cache miss that comes with it.
@@ -15,13 +16,11 @@
 
 #include "abi.h"
 #include "filter.h"
+#include "strangers.h"
 
-#define STAMP_SHIFT 8 /* class_stamp: generation << 8 | class */
-#define STAMP_CLASS 0xff
 #define ADDRESS_BITS 128
 
-BPF_TABLE("hash", struct sluice_address, struct sluice_peer, known, SLUICE_MAX_KNOWN);
-BPF_TABLE("lru_hash", struct sluice_address, struct sluice_peer, strangers, SLUICE_MAX_STRANGERS);
+BPF_TABLE("hash", struct sluice_address, struct sluice_known, known, SLUICE_MAX_KNOWN);
 BPF_F_TABLE("lpm_trie", struct sluice_prefix, struct sluice_prefix_class, prefixes_0,
 	    SLUICE_MAX_PREFIXES, BPF_F_NO_PREALLOC);
 BPF_F_TABLE("lpm_trie", struct sluice_prefix, struct sluice_prefix_class, prefixes_1,
@@ -38,29 +37,29 @@ static __always_inline int peer_may_be_known(const struct sluice_address *addres
 	return word && word->bits >> (bit & 63) & 1;
 }
 
-/* NULL: a stranger for whom the LRU had no room (the same address is being added elsewhere). */
-static __always_inline struct sluice_peer *peer_find(struct sluice_address *address, u32 bank,
-						     u32 cpu, u64 now, struct sluice_counters *row)
+struct found {
+	struct sluice_peer *peer; /* NULL: a stranger, not remembered */
+	struct sluice_away *away; /* NULL: a stranger's, under .. */
+	u32 index;
+	u32 id;      /* configured peer's number, 0: stranger */
+	int at_home; /* this CPU counts without a lock */
+};
+
+static __always_inline void peer_find(struct found *found, struct sluice_address *address, u32 bank,
+				      u32 cpu, u64 now, struct sluice_counters *row)
 {
-	struct sluice_peer fresh = {};
-	struct sluice_peer *peer;
+	struct sluice_known *configured;
 
 	if (peer_may_be_known(address, bank)) {
-		peer = known.lookup(address);
-		if (peer)
-			return peer;
+		configured = known.lookup(address);
+		if (configured) {
+			found->peer = &configured->peer;
+			found->away = &configured->away;
+			found->id = configured->id;
+			return;
+		}
 	}
-	peer = strangers.lookup(address);
-	if (peer)
-		return peer;
-	fresh.first_seen_ns = now;
-	fresh.home = cpu + 1;
-	if (!strangers.insert(address, &fresh))
-		row->strangers_created++;
-	peer = strangers.lookup(address);
-	if (!peer)
-		row->strangers_refused++;
-	return peer;
+	found->peer = stranger_find(address, cpu, now, row, &found->index);
 }
 
 static __always_inline u32 prefix_class(struct sluice_address *address, u32 bank)
@@ -74,74 +73,86 @@ static __always_inline u32 prefix_class(struct sluice_address *address, u32 bank
 	return found ? found->class_id : 0;
 }
 
-static __always_inline u32 peer_class(struct sluice_peer *peer, struct sluice_address *address,
-				      u64 generation, u32 bank)
-{
-	u64 stamp;
-
-	if (!peer)
-		return prefix_class(address, bank);
-	stamp = *(volatile u64 *)&peer->class_stamp;
-	if (stamp >> STAMP_SHIFT != generation) {
-		stamp = generation << STAMP_SHIFT | prefix_class(address, bank);
-		/* One word: another CPU sees this class with this generation or neither. */
-		*(volatile u64 *)&peer->class_stamp = stamp;
-	}
-	return stamp & STAMP_CLASS;
-}
+/* The part of struct sluice_peer that is one word. */
+union stamp {
+	struct {
+		u32 generation;
+		u16 home;
+		u8 class_id;
+		u8 shared;
+	};
+	u64 word;
+};
 
 /*
+ * The peer's class in this generation; finds out whether this CPU is its home.
+ *
  * A peer's packets mostly come to one CPU: the first one makes it its home and
  * adds without a lock.  That saves two locked additions, each of which waits
  * until all that this CPU has written before (the previous packet's copy into
  * its frame) is out of its store buffer: 10 ns and more.
  */
-static __always_inline int peer_is_home(struct sluice_peer *peer, u32 cpu)
+static __always_inline u32 peer_class(struct found *found, struct sluice_address *address,
+				      u64 generation, u32 bank, u32 cpu)
 {
-	/* id and home as one word, for bcc's compiler compares and swaps 64 bits only */
-	union {
-		struct {
-			u32 id;
-			u32 home;
-		};
-		u64 word;
-	} seen, wanted;
+	union stamp seen, wanted;
+	u64 *word;
 
-	if (!peer)
-		return 0;
-	seen.word = *(volatile u64 *)&peer->id;
-	if (!seen.home) {
-		wanted = seen;
-		wanted.home = cpu + 1;
-		seen.word = __sync_val_compare_and_swap((u64 *)&peer->id, seen.word, wanted.word);
-		if (!seen.home)
-			return 1;
+	if (!found->peer)
+		return prefix_class(address, bank);
+	word = (u64 *)&found->peer->generation;
+	seen.word = *(volatile u64 *)word;
+	if (seen.generation == (u32)generation && seen.home) {
+		found->at_home = seen.home == cpu + 1;
+		return seen.class_id;
 	}
-	return seen.home == cpu + 1;
+	wanted.generation = generation;
+	wanted.home = seen.home ? seen.home : cpu + 1;
+	wanted.class_id = prefix_class(address, bank);
+	wanted.shared = seen.shared;
+	/* Who loses the race has its class all the same; the home is the winner's choice. */
+	seen.word = __sync_val_compare_and_swap(word, seen.word, wanted.word);
+	found->at_home = (seen.home ? seen.home : wanted.home) == cpu + 1;
+	return wanted.class_id;
 }
 
-static __always_inline void peer_count(struct sluice_peer *peer, int at_home, u64 now, u32 bytes)
+static __always_inline struct sluice_away *peer_away(const struct found *found,
+						     struct sluice_counters *row)
 {
+	if (found->away)
+		return found->away;
+	return stranger_away(found->peer, found->index, row);
+}
+
+static __always_inline void peer_count(struct found *found, u64 now, u32 bytes,
+				       struct sluice_counters *row)
+{
+	struct sluice_peer *peer = found->peer;
+
 	if (!peer)
 		return;
-	if (at_home) {
+	peer->last_seen_ns = now;
+	if (found->at_home) {
 		peer->packets++;
 		peer->bytes += bytes;
-	} else {
-		__sync_fetch_and_add(&peer->packets_elsewhere, 1);
-		__sync_fetch_and_add(&peer->bytes_elsewhere, bytes);
+		return;
 	}
-	peer->last_seen_ns = now;
+	found->away = peer_away(found, row);
+	if (found->away) {
+		__sync_fetch_and_add(&found->away->packets, 1);
+		__sync_fetch_and_add(&found->away->bytes, bytes);
+	}
 }
 
-static __always_inline void peer_count_drop(struct sluice_peer *peer, int at_home)
+/* After peer_count(). */
+static __always_inline void peer_count_drop(const struct found *found)
 {
-	if (!peer)
+	if (!found->peer)
 		return;
-	if (at_home)
-		peer->drops++;
-	else
-		__sync_fetch_and_add(&peer->drops_elsewhere, 1);
+	if (found->at_home)
+		found->peer->drops++;
+	else if (found->away)
+		__sync_fetch_and_add(&found->away->drops, 1);
 }
 
 #endif /* SLUICE_PEER_H */

@@ -58,3 +58,4 @@ def runs(steer_program: SteerProgram, one_cpu: int) -> Iterator[SteerRuns]:
     made.use(EVERYTHING_PASSES)
     made.forget_strangers()
     made.forget_limits()
+    made.strangers.close()

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 from xdp._libbpf import ffi, lib
 from xdp.abi import REASONS
+from xdp.maps import BpfMap
 from xdp.policy import Policy
 from xdp.program import SteerProgram
+from xdp.strangers import Strangers
 from xdp.tables import compile_policy
 
 XDP_DROP, XDP_PASS, XDP_TX, XDP_REDIRECT = 1, 2, 3, 4
@@ -67,6 +69,10 @@ class SteerRuns:
         self._out = ffi.new("char[]", 8192)
         self._run = ffi.new("struct sluice_test_run *")
         self.policy: Policy | None = None
+        self.strangers = Strangers.open(self._map_again, program.maps["known"].info)
+
+    def _map_again(self, name: str) -> BpfMap:
+        return BpfMap(os.dup(self.program.maps[name].fd))
 
     def use(self, text: str | Policy) -> Policy:
         """Put a policy in force."""
@@ -119,9 +125,9 @@ class SteerRuns:
         return run.retval, bytes(ffi.buffer(self._out, run.data_size_out))
 
     def peer(self, address: bytes) -> Any:
-        """``struct sluice_peer`` of an address, wherever it is, or None."""
-        raw = self.program.maps["known"].lookup(address) or self.program.maps["strangers"].lookup(address)
-        return None if raw is None else ffi.from_buffer("struct sluice_peer *", raw)
+        """``struct sluice_known`` of an address, wherever it is, or None."""
+        raw = self.program.maps["known"].lookup(address) or self.strangers.lookup(address)
+        return None if raw is None else ffi.from_buffer("struct sluice_known *", raw)
 
     def forget_limits(self) -> None:
         """All limits start anew."""
@@ -130,15 +136,15 @@ class SteerRuns:
             count = rows.info.max_entries
             keys = ffi.new("uint32_t[]", list(range(count)))
             rows.update_many(keys, ffi.new("struct sluice_bucket[]", count), count)
-        for name in ("known", "strangers"):
-            peers = self.program.maps[name]
+        for peers in (self.program.maps["known"], self.strangers):
             for key, value in list(peers.items()):
-                peer = ffi.new("struct sluice_peer *")
-                ffi.memmove(peer, value, len(value))
-                peer.tat_ns = 0
-                peers.update(key, bytes(ffi.buffer(peer)))
+                known = ffi.new("struct sluice_known *")
+                ffi.memmove(known, value, len(value))
+                known.peer.tat_ns = 0
+                peers.update(key, bytes(ffi.buffer(known)))
 
     def forget_strangers(self) -> None:
-        strangers = self.program.maps["strangers"]
-        keys = [key for key, _ in strangers.items()]
-        strangers.delete_many(ffi.from_buffer("char[]", b"".join(keys)), len(keys))
+        """As after loading; the turns go on, as they do whatever happens to the rest."""
+        for name in ("strangers", "stranger_sets"):
+            with self.program.maps[name].map_memory(writable=True) as memory:
+                memory[:] = bytes(len(memory))

@@ -84,7 +84,7 @@ def test_peer_limit_drops(runs: SteerRuns, source: str) -> None:
     check_limited(ended["steer"], elapsed)
     assert ended["drop_peer_limit"] > 0
     assert ended.keys() == {"steer", "drop_peer_limit"}
-    assert runs.peer(pack_address(ip_address(source))).drops >= ended["drop_peer_limit"]
+    assert runs.peer(pack_address(ip_address(source))).peer.drops >= ended["drop_peer_limit"]
 
 
 def test_each_peer_has_its_own_limit(runs: SteerRuns) -> None:
@@ -220,7 +220,7 @@ def test_untouched_limits(runs: SteerRuns) -> None:
         runs.use(policy().replace('action = "lane"\n  lane = "high"', f'action = "{action}"'))
         ended, _ = flood(runs, [FRIEND], 0.02)
         assert ended.keys() == {f"{action}_policy"}
-    assert runs.peer(pack_address(ip_address(FRIEND))).tat_ns == 0
+    assert runs.peer(pack_address(ip_address(FRIEND))).peer.tat_ns == 0
 
 
 def on_cpus(work: Callable[[int], int], cpus: Sequence[int]) -> list[int]:

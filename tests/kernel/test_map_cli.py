@@ -49,7 +49,7 @@ struct shapes {
 BPF_TABLE("array", u32, struct shapes, shapes, 4);
 BPF_TABLE("hash", struct inner, struct shapes, by_struct, 16);
 BPF_PERCPU_ARRAY(per_cpu, struct shapes, 2);
-BPF_TABLE("lru_hash", struct sluice_address, struct sluice_peer, strangers, 16);
+BPF_TABLE("lru_hash", struct sluice_address, struct sluice_peer, addresses, 16);
 BPF_F_TABLE("lpm_trie", struct sluice_prefix, struct sluice_prefix_class, prefixes, 16, BPF_F_NO_PREALLOC);
 int pass(struct xdp_md *ctx) {
     u32 zero = 0;
@@ -57,7 +57,7 @@ int pass(struct xdp_md *ctx) {
     struct sluice_address address = {};
     struct sluice_prefix prefix = {};
     shapes.lookup(&zero); per_cpu.lookup(&zero); by_struct.lookup(&key);
-    strangers.lookup(&address); prefixes.lookup(&prefix);
+    addresses.lookup(&address); prefixes.lookup(&prefix);
     return XDP_PASS;
 }
 """
@@ -73,7 +73,7 @@ def shapes() -> Iterator[dict[str, BpfMap]]:
     # bytes for text and names: this bcc warns of anything else
     module = BPF(text=SHAPES.encode(), cflags=[f"-I{include}"])
     module.load_func(b"pass", BPF.XDP)
-    names = ("shapes", "by_struct", "per_cpu", "strangers", "prefixes")
+    names = ("shapes", "by_struct", "per_cpu", "addresses", "prefixes")
     maps = {name: BpfMap(os.dup(module[name.encode()].map_fd)) for name in names}
     for one in maps.values():
         for number in range(2):
@@ -105,7 +105,7 @@ def plain(value: Any) -> Any:
     return int(value, 16) if isinstance(value, str) and value.startswith("0x") else value
 
 
-@pytest.mark.parametrize("name", ["shapes", "by_struct", "per_cpu", "strangers", "prefixes"])
+@pytest.mark.parametrize("name", ["shapes", "by_struct", "per_cpu", "addresses", "prefixes"])
 def test_values_are_those_that_bpftool_prints(shapes: dict[str, BpfMap], name: str) -> None:
     one = shapes[name]
     btf = Btf.parse(inventory.btf_blob(one.info.btf_id))
@@ -182,7 +182,7 @@ def test_list_and_show(steered: Steered) -> None:
     document = steered.json("map", "list")
     by_name = {one["name"]: one for one in document["maps"]}
     assert by_name["ports"]["max_entries"] == 131_072
-    assert by_name["strangers"]["type"] == "lru_hash"
+    assert by_name["strangers"]["type"] == "set-associative"
     assert by_name["known"]["memory"] > 1 << 20
     assert all(one["btf_id"] for name, one in by_name.items() if name != "xsks")
     assert steered.json("map", "show", "strangers")["map"]["entries"] == 3
@@ -301,11 +301,17 @@ def denied(made: Steered) -> int:
 def test_limits_and_strangers_may_be_reset(steered: Steered) -> None:
     assert steered.json("map", "set", "lane_limits", "1", '{"tat_ns": 5}')["value"] == {"tat_ns": 5}
     assert steered.json("map", "get", "lane_limits", "1")["value"] == {"tat_ns": 5}
+    frame = udp_frame("192.0.2.99", 8001)
+    steered.send([frame])
+    until(lambda: steered.sluice("map", "get", "strangers", "192.0.2.99").returncode == 0, "a stranger more")
     steered.json("map", "set", "strangers", "192.0.2.99", '{"class": 2, "generation": 1, "packets": 7}')
     entry = steered.json("map", "get", "strangers", "192.0.2.99")["value"]
-    assert (entry["class"], entry["generation"], entry["packets"], entry["bytes"]) == (2, 1, 7, 0)
+    assert (entry["class"], entry["generation"], entry["packets"], entry["bytes"]) == (2, 1, 7, len(frame))
     assert steered.json("map", "delete", "strangers", "192.0.2.99")["deleted"] == "192.0.2.99"
     assert steered.sluice("map", "delete", "strangers", "192.0.2.99").returncode == 7
+    done = steered.sluice("map", "set", "strangers", "192.0.2.99", '{"packets": 0}')
+    assert done.returncode == 7
+    assert "only the program adds one" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -165,11 +165,14 @@ def test_maps_by_id(steer_program: SteerProgram) -> None:
 #: The struct of abi.h that each map's value is.
 VALUES = {
     "generation": "sluice_generation", "policies": "sluice_policy", "ports": "sluice_port",
-    "patterns": "sluice_patterns", "rules": "sluice_rule", "known": "sluice_peer", "strangers": "sluice_peer",
+    "patterns": "sluice_patterns", "rules": "sluice_rule", "known": "sluice_known",
+    "strangers": "sluice_stranger",
     "prefixes_0": "sluice_prefix_class", "prefixes_1": "sluice_prefix_class", "lane_limits": "sluice_bucket",
     "prefix_limits": "sluice_bucket", "counters": "sluice_counters", "known_filter": "sluice_filter",
+    "strangers_away": "sluice_away", "stranger_sets": "sluice_stranger_set",
+    "stranger_turns": "sluice_stranger_turn",
 }  # fmt: skip
-KEYS = {"known": "sluice_address", "strangers": "sluice_address", "prefixes_0": "sluice_prefix",
+KEYS = {"known": "sluice_address", "prefixes_0": "sluice_prefix",
         "prefixes_1": "sluice_prefix"}  # fmt: skip
 
 

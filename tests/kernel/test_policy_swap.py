@@ -170,16 +170,16 @@ def test_peers_keep_their_numbers_and_counters(runs: SteerRuns) -> None:
     for count, source in enumerate(sources, 1):
         for _ in range(count):
             assert runs(frames.udp_frame(source, PORT)).lane == 0
-    before = [(runs.peer(address).id, runs.peer(address).packets) for address in addresses]
+    before = [(runs.peer(address).id, runs.peer(address).peer.packets) for address in addresses]
     assert len({number for number, _ in before}) == 10
 
     # The first five leave, ten new ones come: nobody's number changes, no number is given twice.
     runs.use(with_peers(15, first=5))
     for address, (number, packets) in list(zip(addresses, before, strict=True))[5:]:
-        assert (runs.peer(address).id, runs.peer(address).packets) == (number, packets)
+        assert (runs.peer(address).id, runs.peer(address).peer.packets) == (number, packets)
     for address in addresses[:5]:
         assert runs.program.maps["known"].lookup(address) is None
-    held = {struct.unpack_from("=I", value, ffi.offsetof("struct sluice_peer", "id"))[0]
+    held = {struct.unpack_from("=I", value, ffi.offsetof("struct sluice_known", "id"))[0]
             for _, value in runs.program.maps["known"].items()}  # fmt: skip
     assert len(held) == 15
     assert 0 not in held

@@ -58,15 +58,19 @@ def gone(open_by_id: Callable[[int], int], number: int) -> bool:
 def test_maps_of_the_program(steer_program: SteerProgram) -> None:
     """Names, sizes and types are those of abi.h."""
     size = ffi.sizeof
-    address, peer = size("struct sluice_address"), size("struct sluice_peer")
+    address, known = size("struct sluice_address"), size("struct sluice_known")
+    entries, sets = lib.SLUICE_STRANGER_ENTRIES, lib.SLUICE_STRANGER_SETS
     expected = {
         "generation": (lib.BPF_MAP_TYPE_ARRAY, 4, size("struct sluice_generation"), 1),
         "policies": (lib.BPF_MAP_TYPE_ARRAY, 4, size("struct sluice_policy"), lib.SLUICE_BANKS),
         "ports": (lib.BPF_MAP_TYPE_ARRAY, 4, size("struct sluice_port"), lib.SLUICE_PORTS_SIZE),
         "patterns": (lib.BPF_MAP_TYPE_ARRAY, 4, size("struct sluice_patterns"), lib.SLUICE_PATTERNS_SIZE),
         "rules": (lib.BPF_MAP_TYPE_ARRAY, 4, size("struct sluice_rule"), lib.SLUICE_RULES_SIZE),
-        "known": (lib.BPF_MAP_TYPE_HASH, address, peer, lib.SLUICE_MAX_KNOWN),
-        "strangers": (lib.BPF_MAP_TYPE_LRU_HASH, address, peer, lib.SLUICE_MAX_STRANGERS),
+        "known": (lib.BPF_MAP_TYPE_HASH, address, known, lib.SLUICE_MAX_KNOWN),
+        "strangers": (lib.BPF_MAP_TYPE_ARRAY, 4, size("struct sluice_stranger"), entries),
+        "strangers_away": (lib.BPF_MAP_TYPE_ARRAY, 4, size("struct sluice_away"), entries),
+        "stranger_sets": (lib.BPF_MAP_TYPE_ARRAY, 4, size("struct sluice_stranger_set"), sets),
+        "stranger_turns": (lib.BPF_MAP_TYPE_ARRAY, 4, size("struct sluice_stranger_turn"), sets),
         "known_filter": (lib.BPF_MAP_TYPE_ARRAY, 4, size("struct sluice_filter"), lib.SLUICE_FILTER_SIZE),
         "lane_limits": (lib.BPF_MAP_TYPE_ARRAY, 4, size("struct sluice_bucket"), lib.SLUICE_MAX_LANES),
         "prefix_limits": (lib.BPF_MAP_TYPE_ARRAY, 4, size("struct sluice_bucket"), lib.SLUICE_PREFIX_BUCKETS),

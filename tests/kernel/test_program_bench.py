@@ -34,14 +34,14 @@ def test_rows(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
         (case, family, peers)
         for case, peers in (
             ("not ours", "hot"), ("configured peer", "hot"), ("stranger", "hot"),
-            ("stranger, lane limit", "hot"), ("stranger", "random"),
+            ("stranger, lane limit", "hot"), ("stranger", "random"), ("stranger", "new"),
         )
         for family in ("v4", "v6")
     ]  # fmt: skip
     for row in rows:
         assert 0 < row["empty_ns"] <= row["ns_per_packet"] < 100_000
-    random, hot = ended  # in the order in which they are closed
-    for counters in (random, hot):
+    new, random, hot = ended  # in the order in which they are closed
+    for counters in (new, random, hot):
         assert counters.balanced
         # All its way: a socket took it, and the metadata was written each time.
         assert counters.verdicts.keys() - {"drop_lane_limit"} <= {"pass_not_ours", "steer"}
@@ -50,12 +50,14 @@ def test_rows(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     assert hot.strangers_created == 2
     # Nearly all of both families' addresses were drawn.
     assert random.strangers_created >= 2 * 0.99 * bench_program._RANDOM_PEERS
-    assert random.verdicts.keys() == {"steer"}
+    assert random.verdicts.keys() == new.verdicts.keys() == {"steer"}
+    # Hardly anyone came twice while the table knew it.
+    assert new.strangers_created >= 0.95 * new.seen.packets
 
 
 def test_the_cpu_is_given_back() -> None:
     before = os.sched_getaffinity(0)
     cases, empty = bench_program.measure(0.5)
     assert os.sched_getaffinity(0) == before
-    assert len(cases) == 10
+    assert len(cases) == 12
     assert empty > 0

@@ -341,7 +341,7 @@ def test_sources(steer: SteerRuns) -> None:
 def test_impossible_sources_leave_no_trace(steer: SteerRuns) -> None:
     for source in IMPOSSIBLE:
         steer(frames.udp_frame(source, PORT))
-    assert not list(steer.program.maps["strangers"].items())
+    assert not list(steer.strangers.items())
 
 
 def test_nothing_is_ours_before_a_policy(steer: SteerRuns) -> None:

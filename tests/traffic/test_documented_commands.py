@@ -117,7 +117,7 @@ CASES: dict[str, Case] = {
     "sluice status -v": served(r"verdicts?"),
     "sluice map dump rules": served(r"tpu-vote"),
     "sluice map list": served(r"strangers"),
-    "sluice map show strangers": served(r"lru"),
+    "sluice map show strangers": served(r"set-associative"),
     "sluice map dump counters --per-cpu": served(r"seen"),
     "sluice map watch counters": watched(r"\S+\n\n"),
     "sluice map get known 192.0.2.7": served(r"192\.0\.2\.7"),

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from xdp._libbpf import lib
+from xdp._libbpf import ffi, lib
 
 BPF = Path(__file__).resolve().parents[2] / "bpf"
 FILES = sorted([*BPF.glob("*.c"), *BPF.glob("include/*.h")])
+CACHE_LINE = 64  # bytes, of x86-64 and most of arm64
 LICENSE = "SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)"
 #: What .ci/run uses, too: other versions of clang-format disagree with it.
 FORMATTER = shutil.which("clang-format-14")
@@ -69,10 +70,16 @@ def test_sizes_fit_together() -> None:
     assert lib.SLUICE_NO_LANE == lib.SLUICE_MAX_LANES
     assert lib.SLUICE_VERDICTS_SIZE == lib.SLUICE_COUNTER_ROWS * lib.SLUICE_REASONS
     # Masks take the place of comparisons.
-    for size in (lib.SLUICE_BANKS, lib.SLUICE_MAX_LANES, lib.SLUICE_PREFIX_BUCKETS):
+    for size in (lib.SLUICE_BANKS, lib.SLUICE_MAX_LANES, lib.SLUICE_PREFIX_BUCKETS, lib.SLUICE_STRANGER_SETS):
         assert size & (size - 1) == 0
-    # class_stamp keeps the class in its lowest byte.
-    assert lib.SLUICE_MAX_CLASSES <= 256
+    assert lib.SLUICE_STRANGER_ENTRIES == lib.SLUICE_STRANGER_SETS * lib.SLUICE_STRANGER_WAYS
+    assert lib.SLUICE_STRANGER_ENTRIES == 2 * lib.SLUICE_MAX_STRANGERS
+    # The program takes generation, home, class and flag of a peer as one word.
+    word = ffi.offsetof("struct sluice_peer", "generation")
+    assert word % 8 == 0
+    assert ffi.offsetof("struct sluice_peer", "packets") == word + 8
+    assert ffi.sizeof("struct sluice_stranger") == ffi.sizeof("struct sluice_stranger_set") == CACHE_LINE
+    assert ffi.sizeof("struct sluice_known") % CACHE_LINE == 0
 
 
 def test_abi_has_nothing_but_data() -> None:

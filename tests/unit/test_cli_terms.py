@@ -64,9 +64,8 @@ def test_prefixes_round_trip(address: Any, bits: int) -> None:
         ("sluice_rule", {"action": "fly"}, "action pass, lane, drop, deny, reply"),
         ("sluice_rule", 1, "an object"),
         ("sluice_lane", {"end": "air"}, "end socket, kernel"),
-        ("sluice_peer", {"class": 1}, "class and generation together"),
-        ("sluice_peer", {"class": 256, "generation": 1}, "class 0 to 255"),
-        ("sluice_peer", {"class": "a", "generation": 1}, "class 0 to 255"),
+        ("sluice_known", {"class": 1}, "class and generation together"),
+        ("sluice_known", 7, "an object"),
         ("sluice_counters", {"verdict": {"9": {"steer": {}}}}, "verdict by row"),
         ("sluice_counters", {"verdict": {"0": {"fly": {}}}}, "verdict by row"),
     ],
@@ -85,20 +84,22 @@ def test_enums_have_names_both_ways() -> None:
     assert rule.read({"action": 77})["action"] == 77
 
 
-def test_a_peers_stamp_is_class_and_generation() -> None:
-    view = VIEWS["sluice_peer"]
-    assert view.read({"class_stamp": 5 << 8 | 2, "packets": 1, "reserved": 0}) == {
-        "class": 2, "generation": 5, "packets": 1,
-    }  # fmt: skip
-    assert view.write({"class": 2, "generation": 5}) == {"class_stamp": 5 << 8 | 2}
-
-
-def test_a_peers_counts_are_totals() -> None:
+def test_a_peer_is_one_object_and_its_counts_are_totals() -> None:
     """The program counts in two places; who reads or writes sees one number."""
-    view = VIEWS["sluice_peer"]
-    fields = {"class_stamp": 0, "id": 7, "home": 2, "packets": 5, "packets_elsewhere": 3}
-    assert view.read(fields) == {"class": 0, "generation": 0, "id": 7, "packets": 8}
-    assert view.write({"packets": 0}) == {"packets": 0, "packets_elsewhere": 0}
+    view = VIEWS["sluice_known"]
+    peer = {
+        "tat_ns": 9, "generation": 5, "home": 2, "class_id": 2, "shared": 1,
+        "packets": 5, "bytes": 500, "drops": 1, "last_seen_ns": 77,
+    }  # fmt: skip
+    away = {"packets": 3, "bytes": 300, "drops": 2}
+    assert view.read({"peer": peer, "id": 7, "reserved": [0] * 3, "away": away}) == {
+        "id": 7, "class": 2, "generation": 5, "packets": 8, "bytes": 800, "drops": 3, "last_seen_ns": 77,
+        "tat_ns": 9,
+    }  # fmt: skip
+    assert view.write({"class": 2, "generation": 5, "id": 7}) == {
+        "peer": {"class_id": 2, "generation": 5}, "away": {}, "id": 7,
+    }  # fmt: skip
+    assert view.write({"packets": 8}) == {"peer": {"packets": 8}, "away": {"packets": 0}}
 
 
 def test_verdicts_have_rows_and_reasons() -> None:

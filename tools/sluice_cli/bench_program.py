@@ -31,6 +31,8 @@ from xdp.tables import compile_policy
 _PORT: Final = 8001
 #: Addresses that the random-peers build draws from; as many as strangers are remembered.
 _RANDOM_PEERS: Final = lib.SLUICE_MAX_STRANGERS
+#: So many that hardly any address comes twice: a flood of invented ones.
+_NEW_PEERS: Final = 1 << 24
 #: Test runs of one call: some ms, so short that most calls are not interrupted.
 _ROUNDS: Final = 20_000
 #: Before random peers are measured each of them has to be there: 65,536 * 20 draws miss none.
@@ -76,7 +78,7 @@ class Case:
 
     name: str
     family: Family
-    peers: Literal["hot", "random"]
+    peers: Literal["hot", "random", "new"]
     fd: int
     frame: bytes
     best_ns: int = field(default=1 << 62)
@@ -106,8 +108,9 @@ def program(output: Output, seconds: float) -> None:
     """Measure the steer program's time per packet, by the kernel's own test runs.
 
     Cases: a port that is not ours; a hot peer, configured or not, in an unlimited and a limited lane;
-    random peers among 65,536. The figures hold the kernel's loop, which "empty" shows by itself. Lanes
-    have an AF_XDP socket, so the program goes all its way; handing over to the socket is not in it.
+    random peers among 65,536; addresses that never came before, as a flood invents them. The figures hold
+    the kernel's loop, which "empty" shows by itself. Lanes have an AF_XDP socket, so the program goes all
+    its way; handing over to the socket is not in it.
     """
     cases, empty = measure(seconds)
     rows = [
@@ -137,7 +140,10 @@ def measure(seconds: float) -> tuple[list[Case], int]:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
         idle = stack.enter_context(IdleSocket())
         hot = stack.enter_context(_loaded(idle, ()))
-        random = stack.enter_context(_loaded(idle, (f"SLUICE_BENCH_RANDOM_PEERS={_RANDOM_PEERS}",)))
+        random, new = (
+            stack.enter_context(_loaded(idle, (f"SLUICE_BENCH_RANDOM_PEERS={peers}",)))
+            for peers in (_RANDOM_PEERS, _NEW_PEERS)
+        )
         empty_fd = load_bytecode("sluice_empty", _EMPTY)
         stack.callback(os.close, empty_fd)
 
@@ -145,12 +151,13 @@ def measure(seconds: float) -> tuple[list[Case], int]:
         random_cases = [
             Case(name, family, "random", random.fd, frame) for name, family, frame in _frames(_RANDOM)
         ]
+        random_cases += [Case(name, family, "new", new.fd, frame) for name, family, frame in _frames(_RANDOM)]
         empty = Case("empty", "v4", "hot", empty_fd, hot_cases[0].frame)
         _take_turns([empty, *hot_cases], seconds * 0.6)
         for case in random_cases:
             # Apart from the others, which would find their caches empty.
             case.run(_WARM_UP)
-            _take_turns([case], seconds * 0.2)
+            _take_turns([case], seconds * 0.1)
         return [*hot_cases, *random_cases], empty.best_ns
 
 

@@ -104,38 +104,39 @@ def _write_prefix(value: Value) -> Fields:
     return {"prefixlen": bits, "address": str(network.network_address)}
 
 
-_CLASS_BITS = 8  # class_stamp is generation << 8 | class
-
-#: What the program counts for a peer in two places, by its home CPU and by all others; NAME, NAME_elsewhere.
-COUNTED_TWICE = ("packets", "bytes", "drops")
-ELSEWHERE = "_elsewhere"
+#: Where the numbers of a peer are in ``struct sluice_known``.  What is counted is there twice, by the peer's
+#: home CPU and by all others.
+PEER_PLACES: dict[str, tuple[tuple[str, str], ...]] = {
+    "packets": (("peer", "packets"), ("away", "packets")),
+    "bytes": (("peer", "bytes"), ("away", "bytes")),
+    "drops": (("peer", "drops"), ("away", "drops")),
+    "last_seen_ns": (("peer", "last_seen_ns"),),
+    "tat_ns": (("peer", "tat_ns"),),
+    "class": (("peer", "class_id"),),
+    "generation": (("peer", "generation"),),
+}
 
 
 def _read_peer(fields: Fields) -> Value:
-    stamp = fields["class_stamp"]
-    found: Fields = {"class": stamp & (1 << _CLASS_BITS) - 1, "generation": stamp >> _CLASS_BITS}
-    for name, value in fields.items():
-        if name not in ("class_stamp", "home", "reserved") and not name.endswith(ELSEWHERE):
-            found[name] = value + fields.get(name + ELSEWHERE, 0) if name in COUNTED_TWICE else value
-    return found
+    found = {
+        name: sum(fields[struct][member] for struct, member in places) for name, places in PEER_PLACES.items()
+    }
+    return found | {"id": fields["id"]}
 
 
 def _write_peer(value: Value) -> Fields:
     fields = _object(value)
     if ("class" in fields) != ("generation" in fields):
-        raise ValueError("class and generation together, for they are one word")
-    if "class" in fields:
-        number, generation = fields.pop("class"), fields.pop("generation")
-        if (
-            not all(isinstance(one, int) for one in (number, generation))
-            or not 0 <= number < 1 << _CLASS_BITS
-        ):
-            raise ValueError("class 0 to 255 and a generation")
-        fields["class_stamp"] = generation << _CLASS_BITS | number
-    for name in COUNTED_TWICE:
-        if name in fields:  # the total
-            fields.setdefault(name + ELSEWHERE, 0)
-    return fields
+        raise ValueError("class and generation together, for a class is that of one generation")
+    found: Fields = {"peer": {}, "away": {}}
+    for name, number in fields.items():
+        places = PEER_PLACES.get(name)
+        if places is None:
+            found[name] = number
+            continue
+        for place, (struct, member) in enumerate(places):
+            found[struct][member] = 0 if place else number  # what is given is the total
+    return found
 
 
 #: How the row of packets that no lane was chosen for is called.
@@ -180,7 +181,7 @@ def _write_counters(value: Value) -> Fields:
 VIEWS: dict[str, View] = {
     "sluice_address": View(_read_address, _write_address),
     "sluice_prefix": View(_read_prefix, _write_prefix),
-    "sluice_peer": View(_read_peer, _write_peer),
+    "sluice_known": View(_read_peer, _write_peer),
     "sluice_counters": View(_read_counters, _write_counters),
 } | {
     name: _plain_view(name)
@@ -331,6 +332,9 @@ _DANGER = {
     "known": "a configured peer would lose its place, which nobody else can take from it",
     "known_filter": "configured peers would be taken for strangers; change the policy file instead",
     "counters": "the counters would no longer add up",
+    "strangers_away": "packets of strangers would be counted wrongly",
+    "stranger_sets": "strangers would be forgotten; `sluice map delete strangers ADDRESS` forgets one",
+    "stranger_turns": "two CPUs could change the same strangers at once",
     "xsks": "packets of a lane would go to another socket, or to none",
 }
 _HARMLESS = {"strangers", "lane_limits", "prefix_limits"}

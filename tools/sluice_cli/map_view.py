@@ -9,14 +9,15 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from sluice_cli.map_terms import BANK, CPU, VIEWS, IndexKey, add_values, is_summed, key_parts
-from xdp import inventory
+from xdp import inventory, strangers
 from xdp._libbpf import lib
 from xdp.btf import Btf
 from xdp.codec import Codec, IntegerCodec, RawCodec, Value, decode, encode, make_codec
 from xdp.errors import NotLoadedError, UnsupportedError, UsageError
-from xdp.maps import PER_CPU_TYPES
+from xdp.maps import PER_CPU_TYPES, BpfMap
 from xdp.names import Names
 from xdp.owner_state import OwnerState, read_state, state_path
+from xdp.strangers import Strangers
 
 ARRAY_TYPES = frozenset((lib.BPF_MAP_TYPE_ARRAY, lib.BPF_MAP_TYPE_PERCPU_ARRAY))
 
@@ -74,7 +75,7 @@ class MapView:
     def __init__(self, one: inventory.Loaded, name: str, names: Names | None = None) -> None:
         self.name = name
         self.loaded = one
-        self.map = one.map(name)
+        self.map = _open(one, name)
         try:
             self.names = names_of(one) if names is None else names
             self.info = self.map.info
@@ -95,7 +96,14 @@ class MapView:
     @property
     def type_name(self) -> str:
         """The map's type as bpftool calls it."""
+        if isinstance(self.map, Strangers):
+            return "set-associative"
         return TYPE_NAMES.get(self.info.type, f"type {self.info.type}")
+
+    @property
+    def is_array(self) -> bool:
+        """Whether there is an entry under every key."""
+        return self.info.type in ARRAY_TYPES and not isinstance(self.map, Strangers)
 
     @property
     def per_cpu(self) -> bool:
@@ -109,7 +117,7 @@ class MapView:
         left out; without ``split_cpus`` the CPUs are added up.
         """
         self.check_readable()
-        array = self.info.type in ARRAY_TYPES
+        array = self.is_array
         rows: list[Row] = []
         hidden = 0
         for raw_key, raw in self.map.items():
@@ -152,7 +160,7 @@ class MapView:
 
     def delete(self, key: Value) -> bool:
         """Remove one entry; False when there was none."""
-        if self.info.type in ARRAY_TYPES:
+        if self.is_array:
             raise UnsupportedError(
                 f"{self.name} is an array: its entries can't be deleted",
                 hint="set it to zero with `sluice map set`",
@@ -181,7 +189,7 @@ class MapView:
 
     def count(self) -> int | None:
         """How many entries there are; None for arrays, which are always full."""
-        if self.info.type in ARRAY_TYPES or self.info.type == lib.BPF_MAP_TYPE_XSKMAP:
+        if self.is_array or self.info.type == lib.BPF_MAP_TYPE_XSKMAP:
             return None
         return sum(1 for _ in self.map.items())
 
@@ -217,6 +225,13 @@ class MapView:
         if value.size != info.value_size:
             value = RawCodec(info.value_size)
         return key, value
+
+
+def _open(one: inventory.Loaded, name: str) -> BpfMap | Strangers:
+    """A map of the program; strangers by their addresses, which in the kernel they are not."""
+    if name != strangers.ENTRIES or not {strangers.AWAY, strangers.KNOWN} <= one.maps.keys():
+        return one.map(name)
+    return Strangers.open(one.map, one.maps[strangers.KNOWN])
 
 
 def active_bank(one: inventory.Loaded) -> int:

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import click
 
-from sluice_cli.map_terms import COUNTED_TWICE, ELSEWHERE, Fields
+from sluice_cli.map_terms import PEER_PLACES, Fields
 from sluice_cli.map_text import moment_text, rate_text
 from sluice_cli.map_view import MapView, names_of
 from sluice_cli.output import Output, Table, common_options, examples, samples
 from xdp import inventory
 from xdp._libbpf import lib
-from xdp.codec import StructCodec, ViewCodec, decode
+from xdp.codec import Codec, StructCodec, ViewCodec, decode
 from xdp.errors import UnsupportedError, UsageError
 from xdp.names import Names
 
@@ -160,15 +160,21 @@ def _candidates(view: MapView, wanted: Filter) -> Iterator[tuple[int, bytes, byt
 
 def _reader(view: MapView, member: str) -> Callable[[bytes], int]:
     """A function that reads one number of a peer's entry, the total where it is counted in two places."""
-    inner = view.value.inner if isinstance(view.value, ViewCodec) else view.value
-    fields = {field.name: field for field in inner.fields} if isinstance(inner, StructCodec) else {}
-    names = (member, member + ELSEWHERE) if member in COUNTED_TWICE else (member,)
-    if missing := [name for name in names if name not in fields]:
-        raise UnsupportedError(
-            f"the program's peers have no member {missing[0]!r}: another version of Sluice loaded it",
-            hint="use that version's `sluice`, or load it again: sluice down, sluice up",
-        )
-    places = [(fields[name].offset, fields[name].offset + fields[name].codec.size) for name in names]
+    places = []
+    for path in PEER_PLACES[member]:
+        codec: Codec = view.value
+        start = 0
+        for name in path:
+            inner = codec.inner if isinstance(codec, ViewCodec) else codec
+            fields = {field.name: field for field in inner.fields} if isinstance(inner, StructCodec) else {}
+            if name not in fields:
+                raise UnsupportedError(
+                    f"the program's peers have no member {name!r}: another version of Sluice loaded it",
+                    hint="use that version's `sluice`, or load it again: sluice down, sluice up",
+                )
+            start += fields[name].offset
+            codec = fields[name].codec
+        places.append((start, start + codec.size))
     return lambda raw: sum(int.from_bytes(raw[start:end], sys.byteorder) for start, end in places)
 
 
@@ -184,7 +190,6 @@ def peer_document(peer: Peer, names: Names) -> dict[str, Any]:
         "bytes": fields["bytes"],
         "drops": fields["drops"],
         "last_seen_ns": fields["last_seen_ns"],
-        "first_seen_ns": fields["first_seen_ns"],
     }
     if fields["id"]:
         found |= {"id": fields["id"], "name": names.peers.get(fields["id"], "")}
@@ -251,8 +256,7 @@ def _frames(
 def _with_rates(peer: Peer, old: Fields | None, names: Names, seconds: float) -> dict[str, Any]:
     document = peer_document(peer, names)
     for name in ("packets", "bytes", "drops"):
-        # An entry younger than the last sample counts from zero.
-        same = old is not None and old["first_seen_ns"] == peer.fields["first_seen_ns"]
-        start = old[name] if old is not None and same else 0
+        # One that was forgotten in between, and has come again, counts from zero.
+        start = old[name] if old is not None and old["packets"] <= peer.fields["packets"] else 0
         document[f"{name}_per_second"] = round((peer.fields[name] - start) / seconds, 3)
     return document

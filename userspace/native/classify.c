@@ -16,20 +16,20 @@
 
 struct known {
 	struct sl_words address;
-	struct sluice_peer peer;
+	struct sl_peer peer;
 	bool used;
 };
 
 struct stranger {
 	struct sl_words address;
-	struct sluice_peer peer;
+	struct sl_peer peer;
 	uint32_t next;   /* in its chain */
-	uint16_t bucket; /* of its prefix, valid while class_stamp is */
+	uint16_t bucket; /* of its prefix, valid while the peer's class is */
 	bool referenced; /* seen again since the hand passed */
 };
 
 struct peer_ref {
-	struct sluice_peer *peer;
+	struct sl_peer *peer;
 	struct stranger *stranger; /* NULL: a known peer */
 };
 
@@ -211,8 +211,8 @@ uint32_t sl_classifier_strangers(const struct sl_classifier *classifier)
 	return classifier->strangers;
 }
 
-const struct sluice_peer *sl_classifier_peer(struct sl_classifier *classifier,
-					     const struct sluice_address *address)
+const struct sl_peer *sl_classifier_peer(struct sl_classifier *classifier,
+					 const struct sluice_address *address)
 {
 	struct sl_words a = sl_words_of(address);
 	uint64_t h = sl_hash(classifier->tables, a, TAG_PEER);
@@ -252,8 +252,9 @@ static struct peer_ref peer_of(struct sl_classifier *c, struct sl_words a, uint6
 	}
 	if (!ref.peer->first_seen_ns)
 		ref.peer->first_seen_ns = now;
-	if (ref.peer->class_stamp >> 8 != c->generation) {
-		ref.peer->class_stamp = c->generation << 8 | sl_class_of(t, a);
+	if (ref.peer->generation != c->generation) {
+		ref.peer->generation = c->generation;
+		ref.peer->class_id = sl_class_of(t, a);
 		if (ref.stranger) {
 			unsigned int bits = sl_is_v4(a) ? 96 + t->policy.stranger_bits_v4 :
 							  t->policy.stranger_bits_v6;
@@ -375,7 +376,7 @@ static void classify_one(struct sl_classifier *c, const struct sl_datagrams *d, 
 	}
 	ref = peer_of(c, a, now);
 	d->peer[i] = ref.peer->id;
-	d->class_id[i] = ref.peer->class_stamp & 0xff;
+	d->class_id[i] = ref.peer->class_id;
 	d->kind[i] = kind_of(t, port, payload, d->length[i]);
 	rule = &t->rule[(port->service * SLUICE_MAX_CLASSES + d->class_id[i]) * SLUICE_MAX_KINDS +
 			d->kind[i]];

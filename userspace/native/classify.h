@@ -51,6 +51,19 @@ struct sl_datagrams {
 	uint32_t *peer;
 };
 
+/* What is known of a remote address; times are CLOCK_MONOTONIC in nanoseconds. */
+struct sl_peer {
+	__u64 tat_ns; /* GCRA, theoretical arrival time */
+	uint64_t packets;
+	uint64_t bytes; /* of payload */
+	uint64_t drops;
+	uint64_t first_seen_ns;
+	uint64_t last_seen_ns;
+	uint64_t generation; /* of the policy that class_id belongs to */
+	uint32_t id;         /* configured peer's number, 0: stranger */
+	uint32_t class_id;
+};
+
 struct sl_classifier;
 
 /* Takes over the tables.  NULL: no memory, the tables are still the caller's. */
@@ -70,8 +83,8 @@ void sl_classify(struct sl_classifier *classifier, const struct sl_datagrams *da
 /* Live, for reading only; rows and reasons as in abi.h. */
 const struct sluice_counters *sl_classifier_counters(const struct sl_classifier *classifier);
 /* The peer's entry or NULL; valid until the next call that takes the classifier. */
-const struct sluice_peer *sl_classifier_peer(struct sl_classifier *classifier,
-					     const struct sluice_address *address);
+const struct sl_peer *sl_classifier_peer(struct sl_classifier *classifier,
+					 const struct sluice_address *address);
 uint32_t sl_classifier_strangers(const struct sl_classifier *classifier);
 /*
  * Turns the probe in payload into its reply (both are 32 bytes).  Only for
