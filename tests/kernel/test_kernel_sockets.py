@@ -236,3 +236,35 @@ def test_too_long_for_the_link_but_sent(hosts: Hosts, backend: Backend) -> None:
         # nobody routes this from here
         assert lanes.send(("198.51.100.1", 9), [b"x", b"y"]) == 0
         assert {failure.errno for failure in lanes.failures} == {101}  # ENETUNREACH
+
+
+def messages_out() -> int:
+    """Datagrams that UDP has given to IP in this thread's namespace; those that share a message are one."""
+    lines = Path("/proc/thread-self/net/snmp").read_text(encoding="ascii").splitlines()
+    names, values = (line.split() for line in lines if line.startswith("Udp:"))
+    return int(values[names.index("OutDatagrams")])
+
+
+def test_datagrams_share_messages_and_arrive_by_themselves(hosts: Hosts) -> None:
+    with (
+        hosts.inside(0, lambda: MmsgLanes(policy())) as lanes,
+        hosts.inside(1, lambda: sender("192.0.2.1")) as client,
+    ):
+        client.bind(("192.0.2.2", 0))
+        to = ("192.0.2.2", client.getsockname()[1])
+        lanes.send(to, [b"the first finds out where the other is"])
+        client.recv(100)
+        before = hosts.inside(0, messages_out)
+        # 53 times 1,232 bytes are what one message holds; the link's MTU is 1,500.
+        payloads = [number.to_bytes(2, "big") * 616 for number in range(100)]
+        for start in (0, 50):
+            assert lanes.send(to, payloads[start : start + 50]) == 50
+            assert [client.recv(65536) for _ in range(50)] == payloads[start : start + 50]
+        assert hosts.inside(0, messages_out) - before == 2
+        # Longer than the MTU: such ones can't share, and are not asked to twice.
+        long = [bytes([number]) * 3000 for number in range(10)]
+        for _ in range(2):
+            assert lanes.send(to, long) == 10
+            assert [client.recv(65536) for _ in range(10)] == long
+        assert hosts.inside(0, messages_out) - before == 22
+        assert lanes.failures == ()

@@ -148,7 +148,7 @@ int sl_mmsg_fileno(const struct sl_mmsg *m)
 int sl_mmsg_add(struct sl_mmsg *m, int fd, uint16_t port)
 {
 	struct epoll_event readable = { .events = EPOLLIN, .data.u32 = m->sockets };
-	struct sl_socket s = { .fd = fd, .port = port };
+	struct sl_socket s = { .fd = fd, .port = port, .gso = UINT16_MAX };
 	socklen_t family_size = sizeof(s.family), cookie_size = sizeof(s.cookie);
 	int on = 1;
 

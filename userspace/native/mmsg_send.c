@@ -11,13 +11,42 @@
 #include <sys/socket.h>
 #include <time.h>
 
+#ifndef UDP_SEGMENT
+#define UDP_SEGMENT 103 /* linux/udp.h, Linux 4.18 */
+#endif
+
+/*
+ * Generic segmentation offload: datagrams of one length to one destination, the last
+ * one perhaps shorter, pass through the kernel as one and are cut apart by the device,
+ * or right before it (Documentation/networking/segmentation-offloads.rst).
+ */
+#define GSO_DATAGRAMS 64 /* UDP_MAX_SEGMENTS of older kernels; newer ones allow 128 */
+#define GSO_BYTES 65400  /* with IP and UDP headers still no more than an IP packet's 65,535 */
+
+/* Pieces of one sendmmsg call: the payloads of 16 full messages, or of 64 shorter ones. */
+#define PIECES 1024
+
 /* ENOBUFS (a full device queue) has no event to wait for, so it is asked again this often. */
 #define RETRY_MS 1
 
+union control {
+	struct cmsghdr header;
+	char space[CMSG_SPACE(sizeof(uint16_t))];
+};
+
+/* What goes out in one call: messages of one or more datagrams each. */
 struct window {
 	struct mmsghdr header[SL_MMSG_BURST];
-	struct iovec payload[SL_MMSG_BURST];
 	struct sockaddr_in6 name[SL_MMSG_BURST];
+	union control control[SL_MMSG_BURST];
+	uint32_t datagrams[SL_MMSG_BURST];
+	struct iovec piece[PIECES];
+};
+
+/* Which datagrams may share a message: up to segment bytes long, and from number from on. */
+struct sharing {
+	uint32_t segment;
+	uint32_t from;
 };
 
 static int64_t now_ms(void)
@@ -99,44 +128,113 @@ static void fail(const struct sl_outgoing *out, struct sl_send_result *result,
 	failed_errno[result->failed++] = error;
 }
 
-/* Fills the window from datagram i on; stops before one that has no name on this socket. */
-static uint32_t fill(struct window *w, int family, const struct sl_outgoing *out, uint32_t i,
-		     const uint8_t *payload)
+static const struct sl_source *destination_of(const struct sl_outgoing *out, uint32_t k)
 {
-	uint32_t n = 0;
+	return &out->destination[out->destinations == 1 ? 0 : k];
+}
 
-	for (; n < SL_MMSG_BURST && i < out->count; n++, i++) {
+static bool same_destination(const struct sl_outgoing *out, uint32_t k, uint32_t other)
+{
+	const struct sl_source *a = destination_of(out, k), *b = destination_of(out, other);
+
+	return a == b || (a->port == b->port && a->scope == b->scope &&
+			  !memcmp(a->address, b->address, sizeof(a->address)));
+}
+
+/* How many datagrams from number i on may go in one message; at least 1. */
+static uint32_t run_of(const struct sl_outgoing *out, uint32_t i, const struct sharing *sharing,
+		       uint32_t most)
+{
+	uint32_t k = payload_at(out, i), segment = out->length[k], bytes = segment, n = 1;
+
+	if (!segment || segment > sharing->segment || i < sharing->from)
+		return 1;
+	if (most > GSO_DATAGRAMS)
+		most = GSO_DATAGRAMS;
+	for (; n < most && i + n < out->count; n++) {
+		uint32_t next = payload_at(out, i + n), length = out->length[next];
+
+		if (!length || length > segment || bytes + length > GSO_BYTES ||
+		    !same_destination(out, k, next))
+			break;
+		bytes += length;
+		if (length < segment)
+			return n + 1; /* the last one may be shorter */
+	}
+	return n;
+}
+
+static void write_segment(struct msghdr *h, union control *control, uint32_t segment)
+{
+	uint16_t size = segment;
+
+	h->msg_control = control;
+	h->msg_controllen = sizeof(*control);
+	control->header.cmsg_level = IPPROTO_UDP;
+	control->header.cmsg_type = UDP_SEGMENT;
+	control->header.cmsg_len = CMSG_LEN(sizeof(size));
+	memcpy(CMSG_DATA(&control->header), &size, sizeof(size));
+}
+
+/* Fills the window from datagram i on; stops before one that has no name on this socket. */
+static uint32_t fill(struct window *w, int family, const struct sl_outgoing *out,
+		     const struct sharing *sharing, uint32_t i, const uint8_t *payload)
+{
+	uint32_t n = 0, pieces = 0;
+
+	for (; n < SL_MMSG_BURST && i < out->count && pieces < PIECES; n++) {
 		struct msghdr *h = &w->header[n].msg_hdr;
-		uint32_t k = payload_at(out, i);
+		uint32_t k = payload_at(out, i), run = run_of(out, i, sharing, PIECES - pieces);
 		socklen_t length;
 
 		if (out->destinations == 1 && n > 0) {
 			h->msg_name = w->header[0].msg_hdr.msg_name;
 			h->msg_namelen = w->header[0].msg_hdr.msg_namelen;
 		} else {
-			length = write_name(&w->name[n], family,
-					    &out->destination[out->destinations == 1 ? 0 : k]);
+			length = write_name(&w->name[n], family, destination_of(out, k));
 			if (!length)
 				break;
 			h->msg_name = &w->name[n];
 			h->msg_namelen = length;
 		}
-		w->payload[n].iov_base =
-			(void *)(out->offset ? out->base + out->offset[k] : payload);
-		w->payload[n].iov_len = out->length[k];
-		h->msg_iov = &w->payload[n];
-		h->msg_iovlen = 1;
 		h->msg_control = NULL;
 		h->msg_controllen = 0;
 		h->msg_flags = 0;
-		payload += out->length[k];
+		if (run > 1)
+			write_segment(h, &w->control[n], out->length[k]);
+		h->msg_iov = &w->piece[pieces];
+		w->datagrams[n] = run;
+		for (; run; run--, i++) {
+			k = payload_at(out, i);
+			w->piece[pieces].iov_base =
+				(void *)(out->offset ? out->base + out->offset[k] : payload);
+			w->piece[pieces++].iov_len = out->length[k];
+			payload += out->length[k];
+		}
+		h->msg_iovlen = &w->piece[pieces] - h->msg_iov;
 	}
 	return n;
 }
 
-static void send_all(int fd, int family, const struct sl_outgoing *out, int64_t deadline,
-		     uint32_t *failed_index, int32_t *failed_errno, struct sl_send_result *result)
+/*
+ * The kernel did not take datagrams that shared a message: each is tried by itself, and
+ * what it did not like is not offered again.
+ */
+static void part(struct sharing *sharing, uint32_t next, uint32_t datagrams, uint32_t segment,
+		 int error)
 {
+	sharing->from = next + datagrams;
+	if (error == EINVAL) /* longer than the way's MTU, or no such option */
+		sharing->segment = segment - 1;
+	else if (error == EIO) /* the device's checksums, or IPsec */
+		sharing->segment = 0;
+}
+
+static void send_all(int fd, int family, uint32_t *gso, const struct sl_outgoing *out,
+		     int64_t deadline, uint32_t *failed_index, int32_t *failed_errno,
+		     struct sl_send_result *result)
+{
+	struct sharing sharing = { .segment = *gso };
 	const uint8_t *payload = out->base;
 	struct window w;
 	uint32_t retried = UINT32_MAX;
@@ -144,14 +242,17 @@ static void send_all(int fd, int family, const struct sl_outgoing *out, int64_t 
 	for (uint32_t i = 0; !out->offset && i < result->next; i++)
 		payload += out->length[i];
 	while (result->next < out->count) {
-		uint32_t start = result->next, n = fill(&w, family, out, start, payload);
+		uint32_t start = result->next, n;
 		int sent, error;
 
+		n = fill(&w, family, out, &sharing, start, payload);
 		sent = n ? sendmmsg(fd, w.header, n, MSG_DONTWAIT | MSG_NOSIGNAL) : -1;
 		error = n ? errno : EAFNOSUPPORT;
 		if (sent > 0) {
-			result->sent += sent;
-			result->next += sent;
+			for (int i = 0; i < sent; i++) {
+				result->sent += w.datagrams[i];
+				result->next += w.datagrams[i];
+			}
 		} else if (error == EINTR || is_final(error)) {
 			result->stopped = error;
 			return;
@@ -166,7 +267,13 @@ static void send_all(int fd, int family, const struct sl_outgoing *out, int64_t 
 			/* The same error twice: it was this datagram's own, both times. */
 			if (retried == start)
 				result->asynchronous--;
-			fail(out, result, failed_index, failed_errno, error);
+			retried = UINT32_MAX;
+			if (n && w.datagrams[0] > 1) {
+				part(&sharing, start, w.datagrams[0], w.piece[0].iov_len, error);
+				*gso = sharing.segment;
+			} else {
+				fail(out, result, failed_index, failed_errno, error);
+			}
 		}
 		for (uint32_t i = start; !out->offset && i < result->next; i++)
 			payload += out->length[i];
@@ -177,6 +284,7 @@ void sl_mmsg_send(int fd, const struct sl_outgoing *out, int timeout_ms, uint32_
 		  int32_t *failed_errno, struct sl_send_result *result)
 {
 	socklen_t size = sizeof(int);
+	uint32_t gso = 0; /* nothing is known of this socket */
 	int family = 0;
 
 	result->stopped = 0;
@@ -184,16 +292,17 @@ void sl_mmsg_send(int fd, const struct sl_outgoing *out, int timeout_ms, uint32_
 		result->stopped = errno;
 		return;
 	}
-	send_all(fd, family, out, now_ms() + timeout_ms, failed_index, failed_errno, result);
+	send_all(fd, family, &gso, out, now_ms() + timeout_ms, failed_index, failed_errno, result);
 }
 
-static void send_through(const struct sl_socket *s, const struct sl_outgoing *out, int64_t deadline,
+static void send_through(struct sl_socket *s, const struct sl_outgoing *out, int64_t deadline,
 			 uint32_t *failed_index, int32_t *failed_errno,
 			 struct sl_send_result *result)
 {
 	result->stopped = sl_mmsg_check_socket(s);
 	if (!result->stopped)
-		send_all(s->fd, s->family, out, deadline, failed_index, failed_errno, result);
+		send_all(s->fd, s->family, &s->gso, out, deadline, failed_index, failed_errno,
+			 result);
 }
 
 void sl_mmsg_send_from(struct sl_mmsg *m, uint32_t n, const struct sl_outgoing *out, int timeout_ms,

@@ -38,6 +38,7 @@ struct sl_socket {
 	uint64_t cookie; /* the kernel's own number of it; a descriptor may be used again */
 	uint16_t port;
 	uint32_t overflow; /* last value of SO_RXQ_OVFL, wraps */
+	uint32_t gso;      /* longest datagram that may share a message with others, 0: none */
 };
 
 struct sl_mmsg {
