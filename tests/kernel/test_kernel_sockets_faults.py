@@ -116,7 +116,8 @@ def client(lab: Lab) -> Iterator[socket.socket]:
         yield sock
 
 
-PAYLOADS = [b"%4d" % number + bytes(996) for number in range(20)]
+#: Each longer than the one before: none can share a message with another.
+PAYLOADS = [b"%4d" % number + bytes(996 + number) for number in range(20)]
 
 
 def test_a_full_send_buffer_is_waited_for_so_long_and_no_longer(lab: Lab, lanes: SocketLanes) -> None:
@@ -132,6 +133,20 @@ def test_a_full_send_buffer_is_waited_for_so_long_and_no_longer(lab: Lab, lanes:
         # The other socket has a buffer of its own.
         assert lanes.send(receiver.getsockname(), PAYLOADS[:1], port=PORTS[1], timeout=0) == 1
         assert (lanes.statistics().sent, lanes.statistics().send_failed) == (sent + 1, len(PAYLOADS) - sent)
+
+
+def test_a_full_send_buffer_takes_a_message_whole_or_not_at_all(
+    lab: Lab, lanes: SocketLanes, backend: Backend
+) -> None:
+    """Datagrams that share a message: what was sent and what was not is told one by one all the same."""
+    with Bottleneck(lab, "1kbit", 1_000_000), client(lab) as receiver:
+        payloads = [number.to_bytes(2, "big") * 600 for number in range(200)]
+        sent = lanes.send(receiver.getsockname(), payloads, timeout=0.2)
+        assert 0 < sent < len(payloads)
+        if backend is MmsgLanes:
+            assert sent % 54 == 0  # as many as fit into one: 65,400 bytes
+        assert [failure.index for failure in lanes.failures] == list(range(sent, len(payloads)))
+        assert {failure.errno for failure in lanes.failures} == {errno.EAGAIN}
 
 
 def test_everything_goes_out_when_room_comes(lab: Lab, lanes: SocketLanes) -> None:
@@ -170,7 +185,7 @@ def from_both_ports(lab: Lab, lanes: SocketLanes, receiver: socket.socket) -> Ba
             receiver.sendto(payload, (str(lab.server.ipv4), PORTS[0]))
         receiver.sendto(b"other port", (str(lab.server.ipv4), PORTS[1]))
         batch = lanes.receive(timeout=DEADLINE)
-        if sorted(batch.lengths) == [10] + [1000] * 6:
+        if sorted(batch.lengths) == [10, *map(len, PAYLOADS[:6])]:
             return batch
         batch.release()  # they are not all there at once every time
     raise AssertionError("no such batch")

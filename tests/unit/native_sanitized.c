@@ -250,18 +250,20 @@ static uint32_t take(int sender, const struct sl_batch *b)
 	return taken;
 }
 
-static void sockets(int family, uint32_t large, int deliver)
+static void sockets(int family, uint32_t large, int deliver, uint32_t gro)
 {
 	enum { HELD = 4 };
 	static uint8_t payload[70000];
-	struct sl_mmsg_options options = { .frame_size = FRAME, .large_frames = large, .drain = 4 };
+	struct sl_mmsg_options options = {
+		.frame_size = FRAME, .large_frames = large, .gro = gro, .drain = 4
+	};
 	struct sl_source to, from;
 	struct sl_batch *held[HELD] = { NULL };
 	struct sl_mmsg_statistics statistics;
-	uint32_t frames = SL_MMSG_BURST + 8 * 50 + (large ? 8 * large + 1 : 0);
+	uint32_t frames = (gro ? 2 : 1) * SL_MMSG_BURST + 8 * 50 + (large ? 8 * large + 1 : 0);
 	int fd = bound(family, &to), sender = bound(AF_INET, &from), error;
 	struct sl_classifier *c = sl_classifier_new(random_tables(to.port, deliver));
-	struct sl_mmsg *m;
+	struct sl_mmsg *m, *sends;
 	uint64_t sent = 0;
 
 	for (int i = 0; i < SLUICE_MAX_LANES; i++) {
@@ -274,11 +276,16 @@ static void sockets(int family, uint32_t large, int deliver)
 	m = sl_mmsg_new(&options, c, &error);
 	CHECK(m);
 	CHECK(!sl_mmsg_add(m, fd, to.port));
+	/* Knows of its socket that datagrams may share a message. */
+	options.gro = 0;
+	sends = sl_mmsg_new(&options, c, &error);
+	CHECK(sends && !sl_mmsg_add(sends, sender, 1));
 	CHECK(sl_mmsg_remove(m, sender) == -ENOENT);
 	for (int i = 0; i < HELD; i++)
 		held[i] = sl_batch_new(100);
 	for (int round = 0; round < 400; round++) {
 		uint32_t offset[80], length[80], failed[80], n = draw() % 81;
+		uint32_t usual = draw() % 3 ? draw() % 600 : 0;
 		struct sl_outgoing out = { payload, offset, length, &to, n, 1, NULL };
 		struct sl_send_result result = { 0 };
 		int32_t errors[80];
@@ -289,9 +296,14 @@ static void sockets(int family, uint32_t large, int deliver)
 							  1472, 20000, 65507,     65508, 69000 };
 
 			length[i] = draw() % 8 ? draw() % 600 : edges[draw() % 10];
+			if (usual && draw() % 16)
+				length[i] = usual;
 			offset[i] = draw() % (sizeof(payload) - length[i] + 1);
 		}
-		sl_mmsg_send(sender, &out, 1000, failed, errors, &result);
+		if (draw() % 4)
+			sl_mmsg_send_from(sends, 0, &out, 1000, failed, errors, &result);
+		else
+			sl_mmsg_send(sender, &out, 1000, failed, errors, &result);
 		CHECK(!result.stopped && result.next == n && result.sent + result.failed == n);
 		for (uint32_t i = 0; i < result.failed; i++)
 			CHECK(errors[i] == EMSGSIZE && length[failed[i]] > 65507);
@@ -336,15 +348,18 @@ static void sockets(int family, uint32_t large, int deliver)
 	CHECK(statistics.received > sent / 2);
 	CHECK(!large || !deliver || statistics.truncated == 0);
 	CHECK(!sl_mmsg_remove(m, fd));
+	/* Some came together. */
+	CHECK(!gro || statistics.shared > statistics.received / 10);
+	sl_mmsg_free(sends);
 	for (int i = 0; i < HELD; i++)
 		sl_batch_free(held[i]);
 	sl_mmsg_free(m);
 	sl_classifier_free(c);
 	close(fd);
 	close(sender);
-	printf("%s, %u large frames: %llu sent, %llu received\n",
+	printf("%s, %u large frames: %llu sent, %llu received, %llu of them together\n",
 	       family == AF_INET ? "IPv4" : "IPv6", large, (unsigned long long)sent,
-	       (unsigned long long)statistics.received);
+	       (unsigned long long)statistics.received, (unsigned long long)statistics.shared);
 }
 
 int main(int argc, char **argv)
@@ -358,9 +373,11 @@ int main(int argc, char **argv)
 	classify_random(c);
 	sl_classifier_free(c);
 	refuse();
-	sockets(AF_INET, 4, 1);
-	sockets(AF_INET6, 4, 0);
-	sockets(AF_INET6, 0, 1);
+	for (uint32_t gro = 0; gro < 2; gro++) {
+		sockets(AF_INET, 4, 1, gro);
+		sockets(AF_INET6, 4, 0, gro);
+		sockets(AF_INET6, 0, 1, gro);
+	}
 	puts("all shown");
 	return 0;
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Datagrams that pass the kernel as one (UDP_SEGMENT): whatever shares a message, each arrives as it was sent."""
+"""Datagrams that pass the kernel as one (UDP_SEGMENT): each arrives as it was sent."""
 
 from __future__ import annotations
 

@@ -114,6 +114,8 @@ class MmsgLanes:
             options = ffi.new("struct sl_mmsg_options *")
             options.frame_size = policy.rings.frame_size if frame_size is None else frame_size
             options.large_frames = large_frames
+            # What comes together can't be counted before it is read, so not where that is bounded.
+            options.gro = not budget
             options.drain = DRAIN if drain is None else drain
             for lane in self.lanes:
                 options.quota[lane.number] = lane.quota
@@ -444,6 +446,7 @@ class MmsgLanes:
             send_failed=self._send_failed,
             asynchronous_errors=self._asynchronous,
             lanes=lanes,
+            shared=raw.shared,
         )
 
     def census(self) -> dict[str, int]:

@@ -25,6 +25,7 @@ class SocketStatistics:
     a frame), ``no_large_frame`` (all of its lane in use), ``lane_full`` (the lane's
     quota is queued or held) and ``reply_failed`` (heartbeat not answered).
     ``discarded`` has what the policy gave no lane, by the reasons of xdp.abi.REASONS.
+    ``shared`` of those received came in one message with others (UDP_GRO).
     ``overflowed`` never reached the backend: full socket buffers, bad checksums.
     """
 
@@ -40,6 +41,7 @@ class SocketStatistics:
     send_failed: int
     asynchronous_errors: int
     lanes: tuple[LaneStatistics, ...]
+    shared: int = 0
 
     @property
     def balanced(self) -> bool:

@@ -20,7 +20,8 @@ static bool options_fit(const struct sl_mmsg_options *o, uint64_t *small, uint64
 {
 	uint64_t lanes = 0;
 
-	*small = SL_MMSG_BURST;
+	/* In the slots, and while they are being classified. */
+	*small = o->gro ? 2 * SL_MMSG_BURST : SL_MMSG_BURST;
 	for (int i = 0; i < SLUICE_MAX_LANES; i++) {
 		*small += o->quota[i];
 		lanes += o->quota[i] > 0;
@@ -41,7 +42,9 @@ static int make_frames(struct sl_mmsg *m, uint32_t small, uint32_t large)
 
 	m->small_frames = small;
 	m->frames = small + large;
-	m->area_size = frames_size + (large ? (uint64_t)rest * SL_MMSG_BURST : 0);
+	bool spill = large || m->options.gro;
+
+	m->area_size = frames_size + (spill ? (uint64_t)rest * SL_MMSG_BURST : 0);
 	m->area = mmap(NULL, m->area_size, PROT_READ | PROT_WRITE,
 		       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (m->area == MAP_FAILED) {
@@ -76,7 +79,7 @@ static int make_frames(struct sl_mmsg *m, uint32_t small, uint32_t large)
 		h->msg_name = &m->name[i];
 		h->msg_namelen = sizeof(m->name[i]);
 		h->msg_iov = m->payload[i];
-		h->msg_iovlen = large && rest ? 2 : 1;
+		h->msg_iovlen = spill && rest ? 2 : 1;
 	}
 	return 0;
 }
@@ -154,6 +157,9 @@ int sl_mmsg_add(struct sl_mmsg *m, int fd, uint16_t port)
 
 	if (m->sockets == SL_MMSG_SOCKETS)
 		return -ENOSPC;
+	/* Before Linux 5.0 there is none, and every datagram comes by itself. */
+	if (m->options.gro)
+		setsockopt(fd, IPPROTO_UDP, UDP_GRO, &on, sizeof(on));
 	if (setsockopt(fd, SOL_SOCKET, SO_RXQ_OVFL, &on, sizeof(on)) ||
 	    getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &s.family, &family_size) ||
 	    getsockopt(fd, SOL_SOCKET, SO_COOKIE, &s.cookie, &cookie_size) ||
@@ -288,11 +294,11 @@ static void hand_out(struct sl_mmsg *m, struct sl_batch *b, uint32_t maximum)
 	b->columns_ready = b->sources_ready = 1;
 }
 
-/* The event descriptor is readable exactly while datagrams are queued. */
+/* The event descriptor is readable exactly while there are datagrams that were read already. */
 static void signal_queued(struct sl_mmsg *m)
 {
 	uint64_t one = 1;
-	bool queued = m->queued > 0;
+	bool queued = m->queued > 0 || m->waiting.next < m->waiting.messages;
 
 	if (queued != m->signalled && (queued ? write(m->event, &one, sizeof(one)) :
 						read(m->event, &one, sizeof(one))) == sizeof(one))

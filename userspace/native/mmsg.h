@@ -18,6 +18,12 @@
  *   received = delivered + queued + replied + reply_failed + discarded by the
  *              classifier + truncated + no_large_frame + lane_full
  *
+ * Datagrams of one flow that arrive together may share a message (UDP_GRO, where
+ * options.gro asks for it and the kernel has it): one pass through the kernel's stack and one
+ * entry of recvmmsg for up to 64 of them.  They are copied into a frame each, and
+ * from there on are as if they had come by themselves.  What is more than a call
+ * wants stays in the message for the next one.
+ *
  * MSG_WAITFORONE and the timeout of recvmmsg are not used: the timeout is only
  * looked at after a datagram arrived (recvmmsg(2), BUGS), so a call could last
  * for ever.  sl_mmsg_receive waits in epoll instead and reads without blocking.
@@ -48,6 +54,7 @@
 struct sl_mmsg_options {
 	uint32_t frame_size;   /* bytes, 64 to SL_MMSG_LARGE_FRAME */
 	uint32_t large_frames; /* of each lane; 0: longer than a frame is dropped as truncated */
+	uint32_t gro;          /* 1: datagrams of one flow may share a message (UDP_GRO) */
 	uint32_t drain;        /* times maximum read per call while a socket overflows, >= 1 */
 	uint32_t quota[SLUICE_MAX_LANES]; /* frames, queued and held together */
 	uint32_t share[SLUICE_MAX_LANES]; /* guaranteed to the lane when it has that much */
@@ -64,6 +71,7 @@ struct sl_mmsg_statistics {
 	uint64_t overflowed;     /* lost in full socket buffers, never received (SO_RXQ_OVFL) */
 	uint64_t errors;         /* pending socket errors taken by recvmmsg (ICMP) */
 	uint64_t calls;          /* of recvmmsg that returned datagrams */
+	uint64_t shared;         /* datagrams that came in one message with others (UDP_GRO) */
 	uint64_t lane_full[SLUICE_MAX_LANES];
 	uint64_t lane_delivered[SLUICE_MAX_LANES];
 	uint32_t queued[SLUICE_MAX_LANES];

@@ -99,7 +99,12 @@ static void sort_out(struct sl_mmsg *m, const struct sl_socket *s, uint32_t k, u
 				sl_put_free(m, m->index[i]);
 			continue;
 		case SLUICE_REPLY:
-			probes[n++] = i;
+			if (!m->silent[i]) {
+				probes[n++] = i;
+				continue;
+			}
+			m->statistics.reply_failed++;
+			sl_put_free(m, m->index[i]);
 			continue;
 		default:
 			m->statistics.discarded++;
@@ -112,16 +117,27 @@ static void sort_out(struct sl_mmsg *m, const struct sl_socket *s, uint32_t k, u
 		sl_put_free(m, m->index[probes[i]]);
 }
 
-static void note_overflow(struct sl_mmsg *m, struct sl_socket *s)
+/*
+ * What came with message i: notes what was lost before it, and returns how long the
+ * datagrams are that share it, 0 where it is one alone.
+ */
+static uint32_t read_control(struct sl_mmsg *m, struct sl_socket *s, uint32_t i)
 {
-	struct cmsghdr *c = CMSG_FIRSTHDR(&m->header[0].msg_hdr);
-	uint32_t value;
+	struct msghdr *h = &m->header[i].msg_hdr;
+	uint32_t value, segment = 0;
 
-	if (!c || c->cmsg_level != SOL_SOCKET || c->cmsg_type != SO_RXQ_OVFL)
-		return;
-	memcpy(&value, CMSG_DATA(c), sizeof(value));
-	m->statistics.overflowed += (uint32_t)(value - s->overflow);
-	s->overflow = value;
+	if (!h->msg_controllen)
+		return 0;
+	for (struct cmsghdr *c = CMSG_FIRSTHDR(h); c; c = CMSG_NXTHDR(h, c)) {
+		memcpy(&value, CMSG_DATA(c), sizeof(value));
+		if (c->cmsg_level == SOL_SOCKET && c->cmsg_type == SO_RXQ_OVFL) {
+			m->statistics.overflowed += (uint32_t)(value - s->overflow);
+			s->overflow = value;
+		} else if (c->cmsg_level == IPPROTO_UDP && c->cmsg_type == UDP_GRO) {
+			segment = value;
+		}
+	}
+	return segment;
 }
 
 /* Where datagram i of the call came from, into entry k; all zero when it is no address of ours. */
@@ -146,47 +162,123 @@ static void read_source(struct sl_mmsg *m, uint32_t i, uint32_t k)
 	memcpy(&m->address[k], source->address, sizeof(m->address[k]));
 }
 
-/* Sorts out the n datagrams of one recvmmsg call. */
-static void take(struct sl_mmsg *m, const struct sl_socket *s, uint32_t n, uint64_t now)
+/* Copies a part of message i, which lies in its slot's frame and goes on in the spill area. */
+static void copy_out(struct sl_mmsg *m, uint32_t i, uint32_t offset, uint32_t length,
+		     uint32_t frame)
 {
-	uint32_t k = 0, size = m->options.frame_size;
+	uint8_t *to = m->area + sl_offset_of(m, frame);
+	uint32_t size = m->options.frame_size, first = 0;
 
-	for (uint32_t i = 0; i < n; i++) {
-		uint32_t length = m->header[i].msg_len, index = m->slot[i];
+	if (offset < size) {
+		first = length < size - offset ? length : size - offset;
+		memcpy(to, (uint8_t *)m->payload[i][0].iov_base + offset, first);
+		offset = size;
+	}
+	if (first < length)
+		memcpy(to + first, (uint8_t *)m->payload[i][1].iov_base + (offset - size),
+		       length - first);
+}
 
-		if (m->header[i].msg_hdr.msg_flags & MSG_TRUNC) {
+/*
+ * Whether a heartbeat must not be answered.  The socket's filter drops those that
+ * came by broadcast or multicast (sockets.py), but looks at the first datagram of a message
+ * only.  Where that one is a heartbeat, all of them were sent to this host alone.
+ */
+static bool is_silent(const struct sl_mmsg *m, uint32_t i, uint32_t offset)
+{
+	const uint8_t *first = m->payload[i][0].iov_base;
+
+	return offset > 0 &&
+	       (m->header[i].msg_len < 4 || first[0] != (SLUICE_HEARTBEAT_MAGIC >> 24) ||
+		first[1] != (SLUICE_HEARTBEAT_MAGIC >> 16 & 0xff) ||
+		first[2] != (SLUICE_HEARTBEAT_MAGIC >> 8 & 0xff) ||
+		first[3] != (SLUICE_HEARTBEAT_MAGIC & 0xff));
+}
+
+/* A frame with the datagram at offset of message i, or SL_NO_FRAME: it is too long for all. */
+static uint32_t frame_for(struct sl_mmsg *m, uint32_t i, uint32_t offset, uint32_t length)
+{
+	uint32_t index = m->slot[i];
+
+	if (length > m->options.frame_size) {
+		if (!m->options.large_frames)
+			return SL_NO_FRAME;
+		index = m->free_large[--m->free_large_count];
+	} else if (length == m->header[i].msg_len) {
+		m->slot[i] = SL_NO_FRAME; /* alone, and where it belongs already */
+		return index;
+	} else {
+		index = m->free_small[--m->free_small_count];
+	}
+	copy_out(m, i, offset, length, index);
+	return index;
+}
+
+/* Sorts out at most want datagrams of the messages that are there; how many. */
+static uint32_t take(struct sl_mmsg *m, uint32_t want)
+{
+	struct sl_waiting *w = &m->waiting;
+	struct sl_socket *s = &m->socket[w->socket];
+	uint32_t first = w->next, taken = 0, k = 0;
+
+	if (w->next == w->messages)
+		return 0;
+	while (w->next < w->messages && taken < want) {
+		uint32_t i = w->next, whole = m->header[i].msg_len, length = whole - w->offset;
+		uint32_t segment = read_control(m, s, i), index = SL_NO_FRAME;
+
+		bool whole_lost = m->header[i].msg_hdr.msg_flags & MSG_TRUNC;
+
+		if (segment && length > segment && !whole_lost)
+			length = segment;
+		if (!whole_lost)
+			index = frame_for(m, i, w->offset, length);
+		m->statistics.received++;
+		m->statistics.shared += segment > 0;
+		taken++;
+		if (index == SL_NO_FRAME) {
 			m->statistics.truncated++;
-			m->header[i].msg_hdr.msg_namelen = sizeof(m->name[i]);
-			continue; /* the slot keeps its frame */
-		}
-		if (length > size) {
-			uint32_t joined = m->free_large[--m->free_large_count];
-
-			/* Alone, so that one large frame in reserve is enough. */
-			sort_out(m, s, k, now);
-			k = 0;
-			memcpy(m->area + sl_offset_of(m, joined), m->payload[i][0].iov_base, size);
-			memcpy(m->area + sl_offset_of(m, joined) + size, m->payload[i][1].iov_base,
-			       length - size);
-			index = joined;
-		}
-		m->index[k] = index;
-		m->offset[k] = sl_offset_of(m, index);
-		m->length[k] = length;
-		m->to[k] = s->port;
-		read_source(m, i, k++);
-		m->header[i].msg_hdr.msg_namelen = sizeof(m->name[i]);
-		if (length > size) {
-			sort_out(m, s, k, now);
-			k = 0;
 		} else {
-			m->slot[i] = SL_NO_FRAME;
+			if (k == SL_MMSG_BURST || (k && sl_is_large(m, index))) {
+				sort_out(m, s, k, m->read_ns);
+				k = 0;
+			}
+			m->index[k] = index;
+			m->offset[k] = sl_offset_of(m, index);
+			m->length[k] = length;
+			m->to[k] = s->port;
+			m->silent[k] = is_silent(m, i, w->offset);
+			read_source(m, i, k++);
+			/* Alone, so that one large frame in reserve is enough. */
+			if (sl_is_large(m, index)) {
+				sort_out(m, s, k, m->read_ns);
+				k = 0;
+			}
+		}
+		w->offset += length;
+		if (w->offset >= whole) {
+			w->offset = 0;
+			w->next++;
 		}
 	}
-	sort_out(m, s, k, now);
-	for (uint32_t i = 0; i < n; i++)
+	sort_out(m, s, k, m->read_ns);
+	for (uint32_t i = first; i < w->next; i++)
 		if (m->slot[i] == SL_NO_FRAME)
 			sl_fill_slot(m, i);
+	return taken;
+}
+
+/* Makes the first n headers ready for recvmmsg, which has written to them. */
+static void offer(struct sl_mmsg *m, uint32_t n)
+{
+	for (uint32_t i = 0; i < n; i++) {
+		struct msghdr *h = &m->header[i].msg_hdr;
+
+		h->msg_namelen = sizeof(m->name[i]);
+		/* Without GRO the first alone asks for SO_RXQ_OVFL: once per call is often enough. */
+		h->msg_control = i && !m->options.gro ? NULL : &m->control[i];
+		h->msg_controllen = h->msg_control ? sizeof(m->control[i]) : 0;
+	}
 }
 
 /*
@@ -195,21 +287,17 @@ static void take(struct sl_mmsg *m, const struct sl_socket *s, uint32_t n, uint6
  */
 static int read_burst(struct sl_mmsg *m, struct sl_socket *s, uint32_t want)
 {
+	uint32_t most = want < SL_MMSG_BURST ? want : SL_MMSG_BURST;
 	int n;
 
 	for (int tries = 0; tries < ERRORS_PER_CALL; tries++) {
-		/* The first header alone asks for SO_RXQ_OVFL: once per call is often enough. */
-		m->header[0].msg_hdr.msg_control = m->control;
-		m->header[0].msg_hdr.msg_controllen = sizeof(m->control);
-		n = recvmmsg(s->fd, m->header, want < SL_MMSG_BURST ? want : SL_MMSG_BURST,
-			     MSG_DONTWAIT, NULL);
+		offer(m, most);
+		n = recvmmsg(s->fd, m->header, most, MSG_DONTWAIT, NULL);
 		if (n > 0) {
 			m->statistics.calls++;
-			m->statistics.received += n;
-			note_overflow(m, s);
 			m->read_ns = sl_now_ns();
-			take(m, s, n, m->read_ns);
-			return n;
+			m->waiting = (struct sl_waiting){ .messages = n, .socket = s - m->socket };
+			return (int)take(m, want);
 		}
 		if (n == 0 || errno == EAGAIN)
 			return 0;
@@ -245,7 +333,7 @@ static void take_turns(const struct sl_mmsg *m, struct epoll_event *ready, int n
 int sl_mmsg_read_sockets(struct sl_mmsg *m, uint32_t want)
 {
 	struct epoll_event ready[READY];
-	uint32_t total = 0;
+	uint32_t total = take(m, want);
 	int n = 1, got;
 
 	ready[0].data.u32 = 0;
@@ -271,7 +359,7 @@ int sl_mmsg_read_sockets(struct sl_mmsg *m, uint32_t want)
 			m->turn = index + 1;
 			total += got;
 			/* A full burst: there may be more. */
-			if (got == SL_MMSG_BURST)
+			if (got && m->waiting.messages == SL_MMSG_BURST)
 				ready[still++] = ready[i];
 		}
 		n = still;

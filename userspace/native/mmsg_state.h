@@ -10,6 +10,10 @@
 
 #include "mmsg.h"
 
+#ifndef UDP_GRO
+#define UDP_GRO 104 /* linux/udp.h, Linux 5.0 */
+#endif
+
 #define SL_NO_FRAME UINT32_MAX
 
 /* Where a frame is, see mmsg.h. */
@@ -41,6 +45,19 @@ struct sl_socket {
 	uint32_t gso;      /* longest datagram that may share a message with others, 0: none */
 };
 
+/* What recvmmsg says beside a datagram: SO_RXQ_OVFL, and UDP_GRO where datagrams share a message. */
+union sl_control {
+	struct cmsghdr header;
+	char space[CMSG_SPACE(sizeof(uint32_t)) + CMSG_SPACE(sizeof(int))];
+};
+
+/* Messages of the last recvmmsg call that are not used up: more of them than were wanted. */
+struct sl_waiting {
+	uint32_t messages, next; /* the first of them is next */
+	uint32_t offset;         /* bytes of it that are used up */
+	uint32_t socket;
+};
+
 struct sl_mmsg {
 	struct sl_mmsg_options options;
 	struct sl_classifier *classifier;
@@ -69,7 +86,8 @@ struct sl_mmsg {
 	struct mmsghdr header[SL_MMSG_BURST];
 	struct iovec payload[SL_MMSG_BURST][2];
 	struct sockaddr_in6 name[SL_MMSG_BURST];
-	_Alignas(struct cmsghdr) char control[CMSG_SPACE(sizeof(uint32_t))];
+	union sl_control control[SL_MMSG_BURST];
+	struct sl_waiting waiting;
 
 	/* What is classified together; index[] are its frames. */
 	uint32_t index[SL_MMSG_BURST], offset[SL_MMSG_BURST], length[SL_MMSG_BURST],
@@ -79,6 +97,7 @@ struct sl_mmsg {
 	uint16_t to[SL_MMSG_BURST];
 	uint8_t reason[SL_MMSG_BURST], lane_of[SL_MMSG_BURST], service[SL_MMSG_BURST];
 	uint8_t class_id[SL_MMSG_BURST], kind[SL_MMSG_BURST];
+	bool silent[SL_MMSG_BURST]; /* not to be answered */
 };
 
 static inline uint64_t sl_now_ns(void)
