@@ -23,7 +23,7 @@ STAKED = "127.0.0.2"
 
 @pytest.fixture
 def lanes() -> Iterator[MmsgLanes]:
-    with MmsgLanes(make_policy(free_port())) as made:
+    with MmsgLanes(make_policy(free_port()), gro=True) as made:
         yield made
 
 
@@ -129,7 +129,7 @@ def test_heartbeats_behind_something_else_are_not(lanes: MmsgLanes, peer: MmsgLa
 
 
 def test_a_lane_that_is_full_drops_and_says_so(peer: MmsgLanes) -> None:
-    with MmsgLanes(make_policy(free_port()), quota=16) as lanes:
+    with MmsgLanes(make_policy(free_port()), quota=16, gro=True) as lanes:
         assert peer.send(here(lanes), [b"Vote"] * 60) == 60
         with lanes.receive(256, timeout=DEADLINE) as batch:
             assert len(batch) == 16
@@ -140,7 +140,7 @@ def test_a_lane_that_is_full_drops_and_says_so(peer: MmsgLanes) -> None:
 
 def test_companions_count_what_they_read(peer: MmsgLanes) -> None:
     """With a budget datagrams come one by one, so that it holds."""
-    with MmsgLanes(make_policy(free_port()), budget=4) as lanes:
+    with MmsgLanes(make_policy(free_port()), budget=4, gro=True) as lanes:
         assert peer.send(here(lanes), [b"Vote"] * 60) == 60
         with lanes.receive(256, timeout=DEADLINE) as batch:
             assert len(batch) == 4

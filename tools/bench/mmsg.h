@@ -6,12 +6,23 @@
 #include "reference.h"
 #include <arpa/inet.h>
 #include <netinet/in.h>
+#include <netinet/udp.h>
 #include <sys/socket.h>
+
+#ifndef UDP_SEGMENT /* linux/udp.h */
+#define UDP_SEGMENT 103
+#define UDP_GRO 104
+#endif
 
 #define BATCH_MAX 1024
 #define BUFFER_SIZE 2048        /* bytes */
 #define SOCKET_BUFFER (8 << 20) /* bytes: what a tuned service asks for */
 #define RECEIVE_TIMEOUT_US 100000
+
+/* With --offload: datagrams of one message, and the bytes of a message. */
+#define SHARE_MAX 64
+#define MESSAGE_SIZE 65536
+#define MESSAGES_MAX 64
 
 struct mmsg_batch {
 	struct mmsghdr messages[BATCH_MAX];
@@ -51,6 +62,38 @@ static inline void prepare_batch(uint32_t length)
 		batch.messages[i].msg_hdr.msg_iovlen = 1;
 		batch.messages[i].msg_hdr.msg_name = &batch.sources[i];
 		batch.messages[i].msg_hdr.msg_namelen = sizeof(batch.sources[i]);
+	}
+}
+
+union control {
+	struct cmsghdr header;
+	char space[CMSG_SPACE(sizeof(int))];
+};
+
+/* Messages that hold many datagrams each. */
+struct shared_batch {
+	struct mmsghdr messages[MESSAGES_MAX];
+	struct iovec vectors[MESSAGES_MAX];
+	struct sockaddr_in sources[MESSAGES_MAX];
+	union control controls[MESSAGES_MAX];
+	char buffers[MESSAGES_MAX][MESSAGE_SIZE];
+};
+
+static struct shared_batch shared;
+
+static inline void prepare_shared(uint32_t length)
+{
+	for (int i = 0; i < MESSAGES_MAX; i++) {
+		struct msghdr *header = &shared.messages[i].msg_hdr;
+
+		shared.vectors[i].iov_base = shared.buffers[i];
+		shared.vectors[i].iov_len = length;
+		header->msg_iov = &shared.vectors[i];
+		header->msg_iovlen = 1;
+		header->msg_name = &shared.sources[i];
+		header->msg_namelen = sizeof(shared.sources[i]);
+		header->msg_control = &shared.controls[i];
+		header->msg_controllen = sizeof(shared.controls[i]);
 	}
 }
 

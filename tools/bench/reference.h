@@ -38,6 +38,7 @@ struct arguments {
 	uint32_t interval_us; /* between round trips */
 	uint32_t ports;       /* to send to, from port on, in turn; 1: only that one */
 	int touch;            /* read 8 bytes of every packet */
+	int offload;          /* datagrams share messages: UDP_GRO, UDP_SEGMENT */
 	const char *frame;    /* file with the frame to send */
 	const char *address;  /* of the peer */
 };
@@ -88,6 +89,7 @@ static inline struct arguments parse_arguments(int argc, char **argv)
 		{ "port", required_argument, NULL, 'p' },
 		{ "seconds", required_argument, NULL, 't' },
 		{ "touch", no_argument, NULL, 'T' },
+		{ "offload", no_argument, NULL, 'O' },
 		{ "frame", required_argument, NULL, 'f' },
 		{ "address", required_argument, NULL, 'a' },
 		{ "interval", required_argument, NULL, 'n' },
@@ -125,6 +127,9 @@ static inline struct arguments parse_arguments(int argc, char **argv)
 			break;
 		case 'T':
 			arguments.touch = 1;
+			break;
+		case 'O':
+			arguments.offload = 1;
 			break;
 		case 'f':
 			arguments.frame = optarg;

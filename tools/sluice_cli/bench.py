@@ -52,6 +52,7 @@ RECEIVE: Final = (
     Contender("sluice-linger-touch", "sluice", 256, touch=True, linger=LINGER),
     Contender("sluice-64", "sluice", 64),
     Contender("recvmmsg-c", "mmsg-c", 64),
+    Contender("recvmmsg-gro-c", "mmsg-offload-c", 64),
     Contender("sluice-mmsg", "sluice-mmsg", 64),
     Contender("socket", "socket", 1),
     Contender("asyncio", "asyncio", 1),
@@ -61,11 +62,14 @@ TRANSMIT: Final = (
     Contender("xsk-c", "xsk-c", 256),
     Contender("sluice", "sluice", 256),
     Contender("sendmmsg-c", "mmsg-c", 64),
+    Contender("sendmmsg-gso-c", "mmsg-offload-c", 64),
+    Contender("sluice-mmsg", "sluice-mmsg", 64),
 )
 ECHO: Final = (
     Contender("xsk-c", "xsk-c", 64),
     Contender("sluice", "sluice", 64),
     Contender("recvmmsg-c", "mmsg-c", 64),
+    Contender("sluice-mmsg", "sluice-mmsg", 64),
     Contender("socket", "socket", 1),
     Contender("asyncio", "asyncio", 1),
     Contender("uvloop", "uvloop", 1),

@@ -216,6 +216,7 @@ class Room:
                 frame.write_bytes(udp_frame(host, self.lab.client, PORT, bytes(size)))
                 command += ["--frame", str(frame), "--address", str(self.lab.client.ipv4)]
             command += ["--touch"] if touch else []
+            command += ["--offload"] if "offload" in path else []
         else:
             arguments = Arguments(
                 path=path,

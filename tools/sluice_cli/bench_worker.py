@@ -185,6 +185,23 @@ def mmsg_fanout(arguments: Arguments, meter: Meter) -> None:
         _send_many(lanes, fanout, payload, arguments.port, meter)
 
 
+def mmsg_transmit(arguments: Arguments, meter: Meter) -> None:
+    """Batches of payloads to one destination through a kernel socket."""
+    to, payloads = (arguments.address, arguments.port), [bytes(arguments.size)] * arguments.batch
+    with _open_mmsg(arguments) as lanes:
+        ready()
+        while meter.running():
+            meter.count(sum(lanes.send(to, payloads) for _ in range(_TURN)))
+
+
+def mmsg_echo(arguments: Arguments, meter: Meter) -> None:
+    """Send every datagram back through the socket by which it came."""
+    with _open_mmsg(arguments) as lanes:
+        ready()
+        while meter.running():
+            meter.count(lanes.send_back(lanes.receive(arguments.batch, timeout=0.1)))
+
+
 def _send_many(lanes: Any, fanout: Any, payload: bytes, port: int, meter: Meter) -> None:
     lanes.send_many(fanout, payload, port=port)  # routes are asked for now
     ready()
@@ -308,6 +325,8 @@ RUNNERS: Final[dict[tuple[str, str], Callable[[Arguments, Meter], None]]] = {
     ("sluice", "fanout"): sluice_fanout,
     ("sluice-mmsg", "receive"): mmsg_receive,
     ("sluice-mmsg", "fanout"): mmsg_fanout,
+    ("sluice-mmsg", "transmit"): mmsg_transmit,
+    ("sluice-mmsg", "echo"): mmsg_echo,
     ("socket", "receive"): socket_receive,
     ("socket", "echo"): socket_echo,
     ("asyncio", "receive"): asyncio_run,

@@ -66,7 +66,8 @@ class MmsgLanes:
 
     ``sockets``: already opened ones (privileged ports, handed over); they are
     closed with this object.  Without, one per port is opened here.  ``budget``
-    bounds what one call reads, 0: only ``maximum`` does.  Belongs to one thread.
+    bounds what one call reads, 0: only ``maximum`` does.  ``gro``: datagrams of one flow
+    that arrive together are read in one message.  Belongs to one thread.
 
     Raises what open_service_sockets raises, and UsageError for options out of range.
     """
@@ -85,6 +86,7 @@ class MmsgLanes:
         large_frames: int = LARGE_FRAMES,
         drain: int | None = None,
         budget: int = 0,
+        gro: bool = False,
     ) -> None:
         self._closed = False
         self._native: CData = ffi.NULL
@@ -115,7 +117,7 @@ class MmsgLanes:
             options.frame_size = policy.rings.frame_size if frame_size is None else frame_size
             options.large_frames = large_frames
             # What comes together can't be counted before it is read, so not where that is bounded.
-            options.gro = not budget
+            options.gro = gro and not budget
             options.drain = DRAIN if drain is None else drain
             for lane in self.lanes:
                 options.quota[lane.number] = lane.quota
@@ -193,7 +195,10 @@ class MmsgLanes:
         """Readable while receive would return at once; for select, poll, epoll and event loops."""
         if self._closed:
             raise ValueError("these lanes are closed")
-        return lib.sl_mmsg_fileno(self._native)
+        descriptor = lib.sl_mmsg_fileno(self._native)
+        if descriptor < 0:
+            raise SluiceError.from_errno("watching the kernel sockets", -descriptor)
+        return descriptor
 
     @staticmethod
     def _new_memory(maximum: int) -> CData:

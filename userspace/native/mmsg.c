@@ -143,17 +143,43 @@ uint64_t sl_mmsg_area_size(const struct sl_mmsg *m)
 	return m->area_size;
 }
 
-int sl_mmsg_fileno(const struct sl_mmsg *m)
+/* Socket n into epoll; 0 or -errno. */
+static int watch(struct sl_mmsg *m, uint32_t n)
 {
-	return m->epoll;
+	struct epoll_event readable = { .events = EPOLLIN, .data.u32 = n };
+
+	if (m->socket[n].fd < 0)
+		return 0;
+	return epoll_ctl(m->epoll, EPOLL_CTL_ADD, m->socket[n].fd, &readable) ? -errno : 0;
+}
+
+static int watch_all(struct sl_mmsg *m)
+{
+	int error = 0;
+
+	for (uint32_t i = 0; i < m->sockets && !m->watched && !error; i++)
+		error = watch(m, i);
+	if (!error) {
+		m->watched = true;
+		return 0;
+	}
+	for (uint32_t i = 0; i < m->sockets; i++)
+		epoll_ctl(m->epoll, EPOLL_CTL_DEL, m->socket[i].fd, NULL);
+	return error;
+}
+
+int sl_mmsg_fileno(struct sl_mmsg *m)
+{
+	int error = watch_all(m);
+
+	return error ? error : m->epoll;
 }
 
 int sl_mmsg_add(struct sl_mmsg *m, int fd, uint16_t port)
 {
-	struct epoll_event readable = { .events = EPOLLIN, .data.u32 = m->sockets };
 	struct sl_socket s = { .fd = fd, .port = port, .gso = UINT16_MAX };
 	socklen_t family_size = sizeof(s.family), cookie_size = sizeof(s.cookie);
-	int on = 1;
+	int on = 1, error = 0;
 
 	if (m->sockets == SL_MMSG_SOCKETS)
 		return -ENOSPC;
@@ -162,11 +188,17 @@ int sl_mmsg_add(struct sl_mmsg *m, int fd, uint16_t port)
 		setsockopt(fd, IPPROTO_UDP, UDP_GRO, &on, sizeof(on));
 	if (setsockopt(fd, SOL_SOCKET, SO_RXQ_OVFL, &on, sizeof(on)) ||
 	    getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &s.family, &family_size) ||
-	    getsockopt(fd, SOL_SOCKET, SO_COOKIE, &s.cookie, &cookie_size) ||
-	    epoll_ctl(m->epoll, EPOLL_CTL_ADD, fd, &readable))
+	    getsockopt(fd, SOL_SOCKET, SO_COOKIE, &s.cookie, &cookie_size))
 		return -errno;
-	m->socket[m->sockets++] = s;
-	return 0;
+	m->socket[m->sockets] = s;
+	if (m->watched)
+		error = watch(m, m->sockets);
+	m->sockets += !error;
+	if (m->sockets > SL_MMSG_POLLED && !m->watched) {
+		error = watch_all(m);
+		m->sockets -= error != 0;
+	}
+	return error;
 }
 
 int sl_mmsg_remove(struct sl_mmsg *m, int fd)
@@ -181,6 +213,27 @@ int sl_mmsg_remove(struct sl_mmsg *m, int fd)
 	epoll_ctl(m->epoll, EPOLL_CTL_DEL, fd, NULL);
 	m->socket[i].fd = -1;
 	return 0;
+}
+
+int sl_mmsg_poll(const struct sl_mmsg *m, struct pollfd *fds, int timeout_ms)
+{
+	int n;
+
+	for (uint32_t i = 0; i < m->sockets; i++)
+		fds[i] = (struct pollfd){ .fd = m->socket[i].fd, .events = POLLIN };
+	n = poll(fds, m->sockets, timeout_ms);
+	return n < 0 ? -errno : n;
+}
+
+/* The same wherever they are. */
+static int wait_for_datagrams(struct sl_mmsg *m, int timeout_ms)
+{
+	struct pollfd fds[SL_MMSG_POLLED];
+	struct epoll_event ready;
+
+	if (!m->watched)
+		return sl_mmsg_poll(m, fds, timeout_ms);
+	return epoll_wait(m->epoll, &ready, 1, timeout_ms) < 0 ? -errno : 0;
 }
 
 int sl_mmsg_check_socket(const struct sl_socket *s)
@@ -309,7 +362,7 @@ int sl_mmsg_receive(struct sl_mmsg *m, struct sl_batch *batch, uint32_t maximum,
 		    int timeout_ms)
 {
 	uint64_t start = sl_now_ns(), now = start;
-	struct epoll_event ready;
+	int waited;
 
 	batch->count = 0;
 	batch->data = m->area;
@@ -329,15 +382,16 @@ int sl_mmsg_receive(struct sl_mmsg *m, struct sl_batch *batch, uint32_t maximum,
 		if (n > 0)
 			return -EAGAIN;
 		if (timeout_ms > 0) {
-			uint64_t waited = (sl_now_ns() - start) / 1000000;
+			uint64_t gone = (sl_now_ns() - start) / 1000000;
 
-			if (waited >= (uint64_t)timeout_ms)
+			if (gone >= (uint64_t)timeout_ms)
 				break;
-			if (timeout_ms - (int)waited < left)
-				left = timeout_ms - (int)waited;
+			if (timeout_ms - (int)gone < left)
+				left = timeout_ms - (int)gone;
 		}
-		if (epoll_wait(m->epoll, &ready, 1, left) < 0)
-			return -errno;
+		waited = wait_for_datagrams(m, left);
+		if (waited < 0)
+			return waited;
 		now = sl_now_ns();
 	}
 	hand_out(m, batch, maximum);

@@ -19,14 +19,14 @@
  *              classifier + truncated + no_large_frame + lane_full
  *
  * Datagrams of one flow that arrive together may share a message (UDP_GRO, where
- * options.gro asks for it and the kernel has it): one pass through the kernel's stack and one
+ * options.gro asks for it, and kernel and interface have it): one pass through the kernel's stack and one
  * entry of recvmmsg for up to 64 of them.  They are copied into a frame each, and
  * from there on are as if they had come by themselves.  What is more than a call
  * wants stays in the message for the next one.
  *
  * MSG_WAITFORONE and the timeout of recvmmsg are not used: the timeout is only
  * looked at after a datagram arrived (recvmmsg(2), BUGS), so a call could last
- * for ever.  sl_mmsg_receive waits in epoll instead and reads without blocking.
+ * for ever.  sl_mmsg_receive waits in poll or epoll instead and reads without blocking.
  *
  * Time of arrival is CLOCK_MONOTONIC when recvmmsg returned: the same for the
  * datagrams of one call, later than the real arrival by the wait in the socket
@@ -99,8 +99,11 @@ int sl_mmsg_add(struct sl_mmsg *m, int fd, uint16_t port);
  * is never answered through another: SL_MMSG_SOCKETS counts removed ones too.
  */
 int sl_mmsg_remove(struct sl_mmsg *m, int fd);
-/* Readable (epoll, poll, select) while a receive would return at once. */
-int sl_mmsg_fileno(const struct sl_mmsg *m);
+/*
+ * Readable (epoll, poll, select) while a receive would return at once; or -errno.  From the
+ * first call on every datagram costs a little more, so ask only for what an event loop needs.
+ */
+int sl_mmsg_fileno(struct sl_mmsg *m);
 /*
  * Fills the batch, with at most maximum datagrams, highest lane first, after reading as many
  * from the sockets, or drain times as many while datagrams of several lanes
@@ -113,7 +116,7 @@ int sl_mmsg_fileno(const struct sl_mmsg *m);
  * columns are ready then; batch->addresses and batch->sizes (socket) are taken.
  *
  * That a descriptor was closed elsewhere, or now is another socket (-EBADF), is
- * found within SL_MMSG_CHECK_MS: epoll says nothing of it.
+ * found within SL_MMSG_CHECK_MS at the latest: epoll says nothing of it.
  */
 int sl_mmsg_receive(struct sl_mmsg *m, struct sl_batch *batch, uint32_t maximum, uint32_t budget,
 		    int timeout_ms);

@@ -330,21 +330,43 @@ static void take_turns(const struct sl_mmsg *m, struct epoll_event *ready, int n
 	ready[0] = first;
 }
 
+/* Which sockets have something; how many, or -errno. */
+static int find_ready(const struct sl_mmsg *m, struct epoll_event *ready)
+{
+	struct pollfd fds[SL_MMSG_POLLED];
+	int n, found = 0;
+
+	/* With one socket, trying to read is as cheap as asking whether to. */
+	if (m->sockets == 1) {
+		ready[0].data.u32 = 0;
+		return 1;
+	}
+	if (m->watched) {
+		n = epoll_wait(m->epoll, ready, READY, 0);
+		return n < 0 ? -errno : n;
+	}
+	n = sl_mmsg_poll(m, fds, 0);
+	if (n < 0)
+		return n;
+	for (uint32_t i = 0; i < m->sockets; i++)
+		if (fds[i].revents)
+			ready[found++].data.u32 = i;
+	return found;
+}
+
 int sl_mmsg_read_sockets(struct sl_mmsg *m, uint32_t want)
 {
 	struct epoll_event ready[READY];
 	uint32_t total = take(m, want);
-	int n = 1, got;
+	int n, got;
 
-	ready[0].data.u32 = 0;
-	/* With one socket, trying to read is as cheap as asking whether to. */
-	if (m->sockets != 1) {
-		n = epoll_wait(m->epoll, ready, READY, 0);
-		if (n < 0)
-			return -errno;
-		if (n > 1)
-			take_turns(m, ready, n);
-	}
+	if (total == want)
+		return (int)total;
+	n = find_ready(m, ready);
+	if (n < 0)
+		return n;
+	if (n > 1)
+		take_turns(m, ready, n);
 	while (n > 0 && total < want) {
 		int still = 0;
 

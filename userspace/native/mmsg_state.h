@@ -4,6 +4,7 @@
 #define SL_MMSG_STATE_H
 
 #include <netinet/in.h>
+#include <poll.h>
 #include <stdbool.h>
 #include <sys/socket.h>
 #include <time.h>
@@ -15,6 +16,13 @@
 #endif
 
 #define SL_NO_FRAME UINT32_MAX
+
+/*
+ * Up to so many sockets are asked one by one.  In an epoll set each datagram that comes
+ * makes the kernel look at the set, whether or not anybody waits: a tenth of what receiving
+ * costs, paid by the CPU that is busiest.  With many sockets asking all costs more.
+ */
+#define SL_MMSG_POLLED 16
 
 /* Where a frame is, see mmsg.h. */
 enum sl_place { SL_FREE, SL_SLOT, SL_QUEUED, SL_HELD, SL_PLACES };
@@ -63,6 +71,7 @@ struct sl_mmsg {
 	struct sl_classifier *classifier;
 	struct sl_mmsg_statistics statistics;
 	int epoll, event;
+	bool watched;        /* the sockets are in epoll */
 	bool signalled;      /* event is readable: datagrams are queued */
 	uint8_t recent_lane; /* of the last datagram */
 	uint64_t mixed_ns;   /* when it last was another than the one before */
@@ -142,6 +151,9 @@ static inline void sl_fill_slot(struct sl_mmsg *m, uint32_t i)
 
 /* 0, or the errno that says why it is not that socket any more. */
 int sl_mmsg_check_socket(const struct sl_socket *s);
+
+/* Waits for any of the sockets that are not in epoll; as poll(2), or -errno. */
+int sl_mmsg_poll(const struct sl_mmsg *m, struct pollfd *fds, int timeout_ms);
 
 /* Reads at most want datagrams into the lanes' queues.  How many, or -errno. */
 int sl_mmsg_read_sockets(struct sl_mmsg *m, uint32_t want);
