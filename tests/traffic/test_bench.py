@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Any
 
 import pytest
 
 from sluice_cli.bench import ECHO, FANOUT, RECEIVE, TRANSMIT
+from sluice_cli.bench_soak_worker import PATHS
 from tests.traffic.commands import interrupt, refused, report, run
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
@@ -102,3 +104,41 @@ def test_options_out_of_range() -> None:
 
 def test_without_privileges() -> None:
     assert refused("bench", "receive", nobody=True)[0] == 4
+
+
+def test_soak_of_all_paths() -> None:
+    """At a rate that every machine can take: nothing is lost, and all adds up."""
+    document = report("bench", "soak", "--minutes", "0.05", "--rate", "5000", "--size", "200")
+    assert document["ok"]
+    assert [row["path"] for row in document["results"]] == list(PATHS)
+    for row in document["results"]:
+        assert row["direction"] == "soak"
+        assert row["sent"] == row["received"] == 15_000
+        assert (row["lost"], row["dropped"], row["balanced"], row["ok"]) == (0, {}, True, True)
+        assert row["process_cpu_ns"] > 0
+        assert row["rss_kib"] > 1000
+        assert row["descriptors"] >= 4
+        assert row["rss_kib_per_hour"] is None
+
+
+def test_soak_that_is_too_fast_says_what_it_lost() -> None:
+    """Plain sockets in Python take no two million packets a second."""
+    done = run(
+        "bench",
+        "soak",
+        "--minutes",
+        "0.03",
+        "--rate",
+        "2000000",
+        "--path",
+        "socket",
+        "--size",
+        "64",
+        "--json",
+    )
+    assert done.returncode == 1
+    (row,) = json.loads(done.stdout)["results"]
+    assert row["lost"] > 0
+    assert not row["ok"]
+    assert row["balanced"], row
+    assert sum(row["dropped"].values()) == row["lost"]

@@ -106,6 +106,7 @@ CASES: dict[str, Case] = {
     "sluice bench fanout": Case(r"sluice\s+64", more=SHORT),
     "sluice bench echo": Case(r"sluice\s+64", more=SHORT),
     "sluice bench latency": Case(r"heartbeat", more=("--seconds", "0.2")),
+    "sluice bench soak": Case(r"sluice-mmsg", more=("--minutes", "0.02", "--rate", "2000")),
     "sluice bench program": Case(r"(?s)v4.*v6", more=("--seconds", "0.5")),
     "sluice up eth1 policy.toml --queues 2": Case(UP, "free", ends=False),
     "python docs/examples/busy_thread.py": Case(r"beside a busy thread\n"),

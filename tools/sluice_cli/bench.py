@@ -7,21 +7,19 @@ So all paths take turns, round after round, and the medians are compared.
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import click
 
+from sluice_cli.bench_machine import cpus, machine
 from sluice_cli.bench_program import program
 from sluice_cli.bench_room import HEARTBEAT_PORT, PORT, SENDING, Room, Sample
+from sluice_cli.bench_soak import soak
 from sluice_cli.output import Output, Table, common_options, examples
-from xdp.errors import UsageError
 
 #: Bytes of UDP payload, by the name of the row: 22 makes a frame of 64 bytes.
 SIZES: Final = {64: 22, 1232: 1232}
@@ -95,7 +93,8 @@ _REFERENCE: Final = {"sluice-touch": "xsk-c-touch", "sluice-linger-touch": "xsk-
         sudo sluice bench fanout --size 1232
         sudo sluice bench echo --json
         sudo sluice bench latency --seconds 10
-        sudo sluice bench program"""
+        sudo sluice bench program
+        sudo sluice bench soak --minutes 10"""
     )
 )
 def bench() -> None:
@@ -157,37 +156,6 @@ def _measure(
     rows = [_row(path, direction, size, samples) for size in wanted for path in chosen]
     document = {"machine": machine(same_core), "results": rows}
     output.report(document, lambda: output.table(_table(direction, rows)))
-
-
-def cpus(same_core: bool) -> tuple[int, int]:
-    """CPU of the receiver and of the generator.
-
-    Raises:
-        UsageError: there is only one.
-    """
-    allowed = sorted(os.sched_getaffinity(0))
-    if same_core:
-        return allowed[-1], allowed[-1]
-    if len(allowed) < 2:
-        raise UsageError("the benchmark needs two CPUs", hint="say --same-core to measure on one")
-    return allowed[-1], allowed[-2]
-
-
-def machine(same_core: bool) -> dict[str, Any]:
-    """What the numbers belong to."""
-    model = ""
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-        if line.startswith("model name"):
-            model = line.partition(":")[2].strip()
-            break
-    return {
-        "cpu": model,
-        "cpus": os.cpu_count(),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "interface": "veth, native XDP, copy mode",
-        "same_core": same_core,
-    }
 
 
 def _median(samples: Sequence[Sample], field: str) -> float:
@@ -355,3 +323,4 @@ def _latency_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 bench.add_command(program)
+bench.add_command(soak)

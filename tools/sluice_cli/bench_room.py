@@ -98,7 +98,7 @@ class Room:
         generator_cpu: the generator, and with it the server's XDP program and the copy into frames.
     """
 
-    def __init__(self, *, receiver_cpu: int, generator_cpu: int) -> None:
+    def __init__(self, receiver_cpu: int, generator_cpu: int) -> None:
         self.receiver_cpu = receiver_cpu
         self.generator_cpu = generator_cpu
         self.policy = bench_policy(PORT)
@@ -162,8 +162,8 @@ class Room:
             process = self._start(
                 path, direction, size=size, batch=batch, seconds=seconds, touch=touch, linger=linger
             )
-            cleanup.callback(_end, process)
-            _wait_ready(process, path)
+            cleanup.callback(end, process)
+            wait_ready(process, path)
             if direction not in SENDING:
                 stream = Stream([Template(self.frame(size))])
                 self.generator.start([stream], seconds + _MARGIN, pristine=True)
@@ -252,20 +252,20 @@ class Room:
         pinned = ["taskset", "-c", str(self.generator_cpu), *command]
         process = self.lab.client.popen(pinned, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         try:
-            _wait_ready(process, "ping")
+            wait_ready(process, "ping")
             return _read_report(process, "ping")
         finally:
-            _end(process)
+            end(process)
 
     @contextlib.contextmanager
     def echoing(self, path: str, *, size: int, seconds: float) -> Iterator[None]:
         """An echo server of this kind on the bench's port."""
         process = self._start(path, "echo", size=size, batch=64, seconds=seconds)
         try:
-            _wait_ready(process, path)
+            wait_ready(process, path)
             yield
         finally:
-            _end(process)
+            end(process)
 
 
 class _Drop:
@@ -288,9 +288,10 @@ def _sample(report: dict[str, Any], busy: float) -> Sample:
     )
 
 
-def _wait_ready(process: subprocess.Popen[str], path: str) -> None:
+def wait_ready(process: subprocess.Popen[str], path: str) -> None:
+    """Until the path under test could receive.  Raises SluiceError."""
     if _line(process, _START_TIMEOUT) != "ready":
-        raise _failed(process, path)
+        raise failed(process, path)
 
 
 def _read_report(process: subprocess.Popen[str], path: str) -> dict[str, Any]:
@@ -298,7 +299,7 @@ def _read_report(process: subprocess.Popen[str], path: str) -> dict[str, Any]:
     try:
         report: dict[str, Any] = json.loads(line)
     except ValueError:
-        raise _failed(process, path) from None
+        raise failed(process, path) from None
     return report
 
 
@@ -311,14 +312,16 @@ def _line(process: subprocess.Popen[str], timeout: float) -> str:
     return ""
 
 
-def _failed(process: subprocess.Popen[str], path: str) -> SluiceError:
+def failed(process: subprocess.Popen[str], path: str) -> SluiceError:
+    """What to raise for a process that did not do what it should; it is ended."""
     process.kill()
     _, said = process.communicate()
     lines: Sequence[str] = said.strip().splitlines()
     return SluiceError(f"the path {path} failed: {lines[-1] if lines else 'it said nothing'}", detail=said)
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def end(process: subprocess.Popen[str]) -> None:
+    """Ask it to end, and see to it that it does."""
     if process.poll() is None:
         process.terminate()
         try:

@@ -95,7 +95,8 @@ def ready() -> None:
     print("ready", flush=True)
 
 
-def _open_lanes(arguments: Arguments) -> Any:
+def open_lanes(arguments: Arguments) -> Any:
+    """AF_XDP lanes on the interface under test."""
     from userspace.datagram.descriptors import LaneSpec
     from userspace.datagram.xsk import open_queues, register
     from userspace.datagram.xsk_lanes import XskLanes
@@ -113,7 +114,7 @@ def _open_lanes(arguments: Arguments) -> Any:
 
 def sluice_receive(arguments: Arguments, meter: Meter) -> None:
     """Receive and give back; with ``touch`` 8 bytes of every packet are read."""
-    with _open_lanes(arguments) as lanes:
+    with open_lanes(arguments) as lanes:
         ready()
         _receive(lanes, arguments, meter)
         meter.lost = _lost(lanes)
@@ -136,7 +137,7 @@ def _receive(lanes: Any, arguments: Arguments, meter: Meter) -> None:
 
 def sluice_echo(arguments: Arguments, meter: Meter) -> None:
     """Send every frame back in place."""
-    with _open_lanes(arguments) as lanes:
+    with open_lanes(arguments) as lanes:
         ready()
         while meter.running():
             packets = 0
@@ -158,7 +159,7 @@ def sluice_transmit(arguments: Arguments, meter: Meter) -> None:
     payloads = bytes(arguments.size * arguments.batch)
     lengths = array("I", [arguments.size]) * arguments.batch
     offsets = array("I", range(0, len(payloads), arguments.size))
-    with _open_lanes(arguments) as lanes:
+    with open_lanes(arguments) as lanes:
         ready()
         while meter.running():
             meter.count(lanes.send_columns(destination, payloads, offsets, lengths))
@@ -174,7 +175,7 @@ def fanout_to(arguments: Arguments) -> Any:
 def sluice_fanout(arguments: Arguments, meter: Meter) -> None:
     """One payload to many, again and again."""
     fanout, payload = fanout_to(arguments), bytes(arguments.size)
-    with _open_lanes(arguments) as lanes:
+    with open_lanes(arguments) as lanes:
         _send_many(lanes, fanout, payload, arguments.port, meter)
 
 
@@ -217,7 +218,8 @@ def _lost(lanes: Any) -> int:
     return sum(lane.ring_full + lane.dropped for lane in lanes_of_queues)
 
 
-def _udp_socket(port: int) -> socket.socket:
+def udp_socket(port: int) -> socket.socket:
+    """Bound, with the buffer that a tuned service asks for."""
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _SOCKET_BUFFER)
     sock.bind(("", port))
@@ -227,7 +229,7 @@ def _udp_socket(port: int) -> socket.socket:
 def socket_receive(arguments: Arguments, meter: Meter) -> None:
     """What most Python services do: one call for each datagram, into a buffer that is used again."""
     buffer = bytearray(_BUFFER)
-    with _udp_socket(arguments.port) as sock:
+    with udp_socket(arguments.port) as sock:
         sock.setblocking(False)
         poller = select.poll()
         poller.register(sock, select.POLLIN)
@@ -245,7 +247,7 @@ def socket_receive(arguments: Arguments, meter: Meter) -> None:
 
 def socket_echo(arguments: Arguments, meter: Meter) -> None:
     """The same, sending every datagram back."""
-    with _udp_socket(arguments.port) as sock:
+    with udp_socket(arguments.port) as sock:
         sock.settimeout(0.1)
         ready()
         while meter.running():
@@ -274,7 +276,7 @@ class _Receiver(asyncio.DatagramProtocol):
 
 async def _asyncio_run(arguments: Arguments, meter: Meter) -> None:
     loop = asyncio.get_running_loop()
-    sock = _udp_socket(arguments.port)
+    sock = udp_socket(arguments.port)
     transport, _ = await loop.create_datagram_endpoint(
         lambda: _Receiver(meter, arguments.direction == "echo"), sock=sock
     )
