@@ -18,16 +18,15 @@ import time
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from ipaddress import IPv4Address, IPv6Address
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from typing_extensions import Buffer
 
 from userspace.datagram.batch import Abandoned, Batch, worth_lingering
 from userspace.datagram.classifier import DatagramClassifier
-from userspace.datagram.descriptors import Refusal
 from userspace.datagram.fanout import Fanout, outgoing
 from userspace.datagram.plain_send import FATAL, gone
+from userspace.datagram.socket_lanes import KernelSocketLanes
 from userspace.datagram.socket_statistics import LaneStatistics, SendFailure, SocketStatistics
 from userspace.datagram.sockets import (
     ServiceSocket,
@@ -61,20 +60,20 @@ _DESTINATIONS = 1024  # parsed destinations that are kept
 _PLACES = ("free", "slot", "queued", "held")
 
 
-class MmsgLanes:
+class MmsgLanes(KernelSocketLanes):
     """Receives in lanes and sends through the kernel sockets of a policy's ports.
 
     ``sockets``: already opened ones (privileged ports, handed over); they are
     closed with this object.  Without, one per port is opened here.  ``budget``
     bounds what one call reads, 0: only ``maximum`` does.  ``gro``: datagrams of one flow
-    that arrive together are read in one message.  Belongs to one thread.
+    that arrive together are read in one message.  ``timestamps``: ``times`` says when the
+    kernel took a datagram from the interface, not when it was read.  Belongs to one thread.
 
     Raises what open_service_sockets raises, and UsageError for options out of range.
     """
 
     mode = "mmsg"
-    #: better modes that could not be had, set by open_lanes
-    refused: tuple[Refusal, ...] = ()
+    _classifier: DatagramClassifier
 
     def __init__(
         self,
@@ -87,6 +86,7 @@ class MmsgLanes:
         drain: int | None = None,
         budget: int = 0,
         gro: bool = False,
+        timestamps: bool = False,
     ) -> None:
         self._closed = False
         self._native: CData = ffi.NULL
@@ -118,6 +118,7 @@ class MmsgLanes:
             options.large_frames = large_frames
             # What comes together can't be counted before it is read, so not where that is bounded.
             options.gro = gro and not budget
+            options.timestamps = timestamps
             options.drain = DRAIN if drain is None else drain
             for lane in self.lanes:
                 options.quota[lane.number] = lane.quota
@@ -387,34 +388,9 @@ class MmsgLanes:
     # --- the rest
 
     @property
-    def policy(self) -> Policy:
-        """The policy in force."""
-        return self._classifier.policy
-
-    @property
     def classifier(self) -> DatagramClassifier:
         """Counters per lane, reason and peer."""
         return self._classifier
-
-    @property
-    def ports(self) -> tuple[int, ...]:
-        """The service ports that have a socket here."""
-        return tuple(port for port, _ in self._sockets)
-
-    def swap(self, policy: Policy) -> None:
-        """Follow another policy with the same lanes; sockets and quotas stay, peers keep their limits."""
-        if policy.lane_names != self.policy.lane_names:
-            raise UsageError("the new policy has other lanes", hint="open the lanes anew")
-        self._classifier.swap(policy)
-
-    def status(self) -> dict[str, object]:
-        """What is in use, as plain values."""
-        return {
-            "mode": self.mode,
-            "ports": list(self.ports),
-            "lanes": list(self.policy.lane_names),
-            "refused": [{"mode": refusal.mode, "reason": refusal.reason} for refusal in self.refused],
-        }
 
     def statistics(self) -> SocketStatistics:
         """Counters since opening; exact when no other thread receives."""
@@ -477,18 +453,6 @@ class MmsgLanes:
         if not self._outstanding and self._native != ffi.NULL:
             lib.sl_mmsg_free(self._native)
             self._native = ffi.NULL
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if not getattr(self, "_closed", True):
-            self.close()
 
 
 def _milliseconds(seconds: float) -> int:

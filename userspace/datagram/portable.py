@@ -18,16 +18,15 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Address, IPv6Address
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from typing_extensions import Buffer
 
 from userspace.datagram.batch import Abandoned, Batch, worth_lingering
-from userspace.datagram.descriptors import Refusal
 from userspace.datagram.fanout import Fanout
 from userspace.datagram.plain_send import FATAL, Datagram, Outcome, gone, send_plain, to_many, to_one
 from userspace.datagram.portable_queue import LaneQueue, Received, share_out
+from userspace.datagram.socket_lanes import KernelSocketLanes
 from userspace.datagram.socket_statistics import LaneStatistics, SendFailure, SocketStatistics
 from userspace.datagram.sockets import (
     ServiceSocket,
@@ -61,12 +60,11 @@ _CHECK = 0.5  # seconds between two looks at whether all sockets are still there
 _DELIVERED = frozenset(("steer", "steer_demoted", "pass_lane", "pass_demoted"))
 
 
-class PortableLanes:
+class PortableLanes(KernelSocketLanes):
     """See MmsgLanes: the same arguments, methods and errors.  Belongs to one thread."""
 
     mode = "portable"
-    #: better modes that could not be had, set by open_lanes
-    refused: tuple[Refusal, ...] = ()
+    _classifier: Classifier
 
     def __init__(
         self,
@@ -410,31 +408,6 @@ class PortableLanes:
 
     # --- the rest
 
-    @property
-    def policy(self) -> Policy:
-        """The policy in force."""
-        return self._classifier.policy
-
-    @property
-    def ports(self) -> tuple[int, ...]:
-        """The service ports that have a socket here."""
-        return tuple(port for port, _ in self._sockets)
-
-    def swap(self, policy: Policy) -> None:
-        """As MmsgLanes.swap."""
-        if policy.lane_names != self.policy.lane_names:
-            raise UsageError("the new policy has other lanes", hint="open the lanes anew")
-        self._classifier.swap(policy)
-
-    def status(self) -> dict[str, object]:
-        """What is in use, as plain values."""
-        return {
-            "mode": self.mode,
-            "ports": list(self.ports),
-            "lanes": list(self.policy.lane_names),
-            "refused": [{"mode": refusal.mode, "reason": refusal.reason} for refusal in self.refused],
-        }
-
     def statistics(self) -> SocketStatistics:
         """As MmsgLanes.statistics."""
         self._opened()
@@ -482,18 +455,6 @@ class PortableLanes:
         if self._event >= 0:
             os.close(self._event)
         close_sockets(getattr(self, "_sockets", ()))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if not getattr(self, "_closed", True):
-            self.close()
 
 
 def _new_memory(capacity: int) -> CData:

@@ -187,6 +187,8 @@ int sl_mmsg_add(struct sl_mmsg *m, int fd, uint16_t port)
 	if (m->options.gro)
 		setsockopt(fd, IPPROTO_UDP, UDP_GRO, &on, sizeof(on));
 	if (setsockopt(fd, SOL_SOCKET, SO_RXQ_OVFL, &on, sizeof(on)) ||
+	    (m->options.timestamps &&
+	     setsockopt(fd, SOL_SOCKET, SO_TIMESTAMPNS, &on, sizeof(on))) ||
 	    getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &s.family, &family_size) ||
 	    getsockopt(fd, SOL_SOCKET, SO_COOKIE, &s.cookie, &cookie_size))
 		return -errno;

@@ -30,7 +30,9 @@
  *
  * Time of arrival is CLOCK_MONOTONIC when recvmmsg returned: the same for the
  * datagrams of one call, later than the real arrival by the wait in the socket
- * buffer.
+ * buffer.  With options.timestamps it is when the kernel took the datagram from the
+ * interface; it stamps with CLOCK_REALTIME, which is brought to the other clock by their
+ * difference at each call, so a step of the wall clock shows in what waited meanwhile.
  *
  * One thread owns a struct sl_mmsg and the classifier given to it.
  */
@@ -55,6 +57,7 @@ struct sl_mmsg_options {
 	uint32_t frame_size;   /* bytes, 64 to SL_MMSG_LARGE_FRAME */
 	uint32_t large_frames; /* of each lane; 0: longer than a frame is dropped as truncated */
 	uint32_t gro;          /* 1: datagrams of one flow may share a message (UDP_GRO) */
+	uint32_t timestamps;   /* 1: the time of arrival is the kernel's (SO_TIMESTAMPNS) */
 	uint32_t drain;        /* times maximum read per call while a socket overflows, >= 1 */
 	uint32_t quota[SLUICE_MAX_LANES]; /* frames, queued and held together */
 	uint32_t share[SLUICE_MAX_LANES]; /* guaranteed to the lane when it has that much */

@@ -62,7 +62,7 @@ static bool enqueue(struct sl_mmsg *m, const struct sl_socket *s, uint32_t i, ui
 		lane->small++;
 	}
 	m->frame[index] = (struct sl_frame){
-		.time_ns = now,
+		.time_ns = m->time_ns[i],
 		.source = m->source[i],
 		.length = m->length[i],
 		.peer = m->peer[i],
@@ -117,27 +117,44 @@ static void sort_out(struct sl_mmsg *m, const struct sl_socket *s, uint32_t k, u
 		sl_put_free(m, m->index[probes[i]]);
 }
 
-/*
- * What came with message i: notes what was lost before it, and returns how long the
- * datagrams are that share it, 0 where it is one alone.
- */
-static uint32_t read_control(struct sl_mmsg *m, struct sl_socket *s, uint32_t i)
+/* What the kernel said of a message. */
+struct said {
+	uint32_t segment; /* how long the datagrams are that share it, 0: it is one alone */
+	uint64_t time_ns; /* of arrival */
+};
+
+/* The kernel's CLOCK_REALTIME as CLOCK_MONOTONIC; never later than now. */
+static uint64_t arrival(const struct sl_mmsg *m, const struct cmsghdr *c)
+{
+	struct timespec t;
+	uint64_t at;
+
+	memcpy(&t, CMSG_DATA(c), sizeof(t));
+	at = t.tv_sec * 1000000000ULL + t.tv_nsec + m->clocks_ns;
+	return (int64_t)(m->read_ns - at) < 0 ? m->read_ns : at;
+}
+
+/* Reads what came with message i, and notes what was lost before it. */
+static struct said read_control(struct sl_mmsg *m, struct sl_socket *s, uint32_t i)
 {
 	struct msghdr *h = &m->header[i].msg_hdr;
-	uint32_t value, segment = 0;
+	struct said said = { .time_ns = m->read_ns };
+	uint32_t value;
 
 	if (!h->msg_controllen)
-		return 0;
+		return said;
 	for (struct cmsghdr *c = CMSG_FIRSTHDR(h); c; c = CMSG_NXTHDR(h, c)) {
 		memcpy(&value, CMSG_DATA(c), sizeof(value));
 		if (c->cmsg_level == SOL_SOCKET && c->cmsg_type == SO_RXQ_OVFL) {
 			m->statistics.overflowed += (uint32_t)(value - s->overflow);
 			s->overflow = value;
+		} else if (c->cmsg_level == SOL_SOCKET && c->cmsg_type == SO_TIMESTAMPNS) {
+			said.time_ns = arrival(m, c);
 		} else if (c->cmsg_level == IPPROTO_UDP && c->cmsg_type == UDP_GRO) {
-			segment = value;
+			said.segment = value;
 		}
 	}
-	return segment;
+	return said;
 }
 
 /* Where datagram i of the call came from, into entry k; all zero when it is no address of ours. */
@@ -225,16 +242,16 @@ static uint32_t take(struct sl_mmsg *m, uint32_t want)
 		return 0;
 	while (w->next < w->messages && taken < want) {
 		uint32_t i = w->next, whole = m->header[i].msg_len, length = whole - w->offset;
-		uint32_t segment = read_control(m, s, i), index = SL_NO_FRAME;
-
+		struct said said = read_control(m, s, i);
+		uint32_t index = SL_NO_FRAME;
 		bool whole_lost = m->header[i].msg_hdr.msg_flags & MSG_TRUNC;
 
-		if (segment && length > segment && !whole_lost)
-			length = segment;
+		if (said.segment && length > said.segment && !whole_lost)
+			length = said.segment;
 		if (!whole_lost)
 			index = frame_for(m, i, w->offset, length);
 		m->statistics.received++;
-		m->statistics.shared += segment > 0;
+		m->statistics.shared += said.segment > 0;
 		taken++;
 		if (index == SL_NO_FRAME) {
 			m->statistics.truncated++;
@@ -248,6 +265,7 @@ static uint32_t take(struct sl_mmsg *m, uint32_t want)
 			m->length[k] = length;
 			m->to[k] = s->port;
 			m->silent[k] = is_silent(m, i, w->offset);
+			m->time_ns[k] = said.time_ns;
 			read_source(m, i, k++);
 			/* Alone, so that one large frame in reserve is enough. */
 			if (sl_is_large(m, index)) {
@@ -275,8 +293,9 @@ static void offer(struct sl_mmsg *m, uint32_t n)
 		struct msghdr *h = &m->header[i].msg_hdr;
 
 		h->msg_namelen = sizeof(m->name[i]);
-		/* Without GRO the first alone asks for SO_RXQ_OVFL: once per call is often enough. */
-		h->msg_control = i && !m->options.gro ? NULL : &m->control[i];
+		/* Else the first alone asks for SO_RXQ_OVFL: once per call is often enough. */
+		h->msg_control = !i || m->options.gro || m->options.timestamps ? &m->control[i] :
+										 NULL;
 		h->msg_controllen = h->msg_control ? sizeof(m->control[i]) : 0;
 	}
 }
@@ -296,6 +315,8 @@ static int read_burst(struct sl_mmsg *m, struct sl_socket *s, uint32_t want)
 		if (n > 0) {
 			m->statistics.calls++;
 			m->read_ns = sl_now_ns();
+			if (m->options.timestamps)
+				m->clocks_ns = m->read_ns - sl_clock_ns(CLOCK_REALTIME);
 			m->waiting = (struct sl_waiting){ .messages = n, .socket = s - m->socket };
 			return (int)take(m, want);
 		}

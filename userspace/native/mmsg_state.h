@@ -53,10 +53,14 @@ struct sl_socket {
 	uint32_t gso;      /* longest datagram that may share a message with others, 0: none */
 };
 
-/* What recvmmsg says beside a datagram: SO_RXQ_OVFL, and UDP_GRO where datagrams share a message. */
+/*
+ * What recvmmsg says beside a datagram: SO_RXQ_OVFL, SO_TIMESTAMPNS, and UDP_GRO where
+ * datagrams share a message.
+ */
 union sl_control {
 	struct cmsghdr header;
-	char space[CMSG_SPACE(sizeof(uint32_t)) + CMSG_SPACE(sizeof(int))];
+	char space[CMSG_SPACE(sizeof(uint32_t)) + CMSG_SPACE(sizeof(int)) +
+		   CMSG_SPACE(sizeof(struct timespec))];
 };
 
 /* Messages of the last recvmmsg call that are not used up: more of them than were wanted. */
@@ -76,6 +80,7 @@ struct sl_mmsg {
 	uint8_t recent_lane; /* of the last datagram */
 	uint64_t mixed_ns;   /* when it last was another than the one before */
 	uint64_t read_ns;    /* when recvmmsg last returned datagrams */
+	uint64_t clocks_ns;  /* CLOCK_MONOTONIC - CLOCK_REALTIME then; wraps */
 	uint64_t checked_ns; /* when all sockets were last looked at */
 	uint32_t sockets;
 	uint32_t turn; /* the socket whose turn it is to be read first */
@@ -106,15 +111,21 @@ struct sl_mmsg {
 	uint16_t to[SL_MMSG_BURST];
 	uint8_t reason[SL_MMSG_BURST], lane_of[SL_MMSG_BURST], service[SL_MMSG_BURST];
 	uint8_t class_id[SL_MMSG_BURST], kind[SL_MMSG_BURST];
-	bool silent[SL_MMSG_BURST]; /* not to be answered */
+	bool silent[SL_MMSG_BURST];      /* not to be answered */
+	uint64_t time_ns[SL_MMSG_BURST]; /* of arrival */
 };
 
-static inline uint64_t sl_now_ns(void)
+static inline uint64_t sl_clock_ns(clockid_t clock)
 {
 	struct timespec t;
 
-	clock_gettime(CLOCK_MONOTONIC, &t);
+	clock_gettime(clock, &t);
 	return t.tv_sec * 1000000000ULL + t.tv_nsec;
+}
+
+static inline uint64_t sl_now_ns(void)
+{
+	return sl_clock_ns(CLOCK_MONOTONIC);
 }
 
 static inline bool sl_is_large(const struct sl_mmsg *m, uint32_t frame)
