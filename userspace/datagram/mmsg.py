@@ -34,7 +34,6 @@ from userspace.datagram.sockets import (
     SocketLane,
     close_sockets,
     open_service_sockets,
-    socket_drops,
     socket_lanes,
     socket_of,
     socket_ports,
@@ -412,8 +411,6 @@ class MmsgLanes(KernelSocketLanes):
             LaneStatistics(name, raw.lane_delivered[i], raw.queued[i], raw.held[i], raw.lane_full[i])
             for i, name in enumerate(self.policy.lane_names)
         )
-        # The kernel's own count is exact; what came along with datagrams lags behind it.
-        overflowed = raw.overflowed if self._closed else socket_drops(self._sockets)
         return SocketStatistics(
             received=raw.received,
             delivered=raw.delivered,
@@ -421,7 +418,7 @@ class MmsgLanes(KernelSocketLanes):
             replied=raw.replied,
             dropped={reason: count for reason, count in dropped.items() if count},
             discarded=discarded,
-            overflowed=overflowed,
+            overflowed=raw.overflowed,
             errors=raw.errors,
             sent=self._sent,
             send_failed=self._send_failed,

@@ -71,7 +71,7 @@ struct sl_mmsg_statistics {
 	uint64_t discarded;      /* the classifier gave no lane: see its counters */
 	uint64_t truncated;      /* longer than a frame, and large frames are off */
 	uint64_t no_large_frame; /* longer than a frame, and all large ones of its lane are in use */
-	uint64_t overflowed;     /* lost in full socket buffers, never received (SO_RXQ_OVFL) */
+	uint64_t overflowed;     /* lost in full socket buffers, never received (SO_MEMINFO) */
 	uint64_t errors;         /* pending socket errors taken by recvmmsg (ICMP) */
 	uint64_t calls;          /* of recvmmsg that returned datagrams */
 	uint64_t shared;         /* datagrams that came in one message with others (UDP_GRO) */

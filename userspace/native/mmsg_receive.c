@@ -134,24 +134,20 @@ static uint64_t arrival(const struct sl_mmsg *m, const struct cmsghdr *c)
 	return (int64_t)(m->read_ns - at) < 0 ? m->read_ns : at;
 }
 
-/* Reads what came with message i, and notes what was lost before it. */
-static struct said read_control(struct sl_mmsg *m, struct sl_socket *s, uint32_t i)
+static struct said read_control(const struct sl_mmsg *m, uint32_t i)
 {
-	struct msghdr *h = &m->header[i].msg_hdr;
+	const struct msghdr *h = &m->header[i].msg_hdr;
 	struct said said = { .time_ns = m->read_ns };
-	uint32_t value;
+	int segment;
 
 	if (!h->msg_controllen)
 		return said;
-	for (struct cmsghdr *c = CMSG_FIRSTHDR(h); c; c = CMSG_NXTHDR(h, c)) {
-		memcpy(&value, CMSG_DATA(c), sizeof(value));
-		if (c->cmsg_level == SOL_SOCKET && c->cmsg_type == SO_RXQ_OVFL) {
-			m->statistics.overflowed += (uint32_t)(value - s->overflow);
-			s->overflow = value;
-		} else if (c->cmsg_level == SOL_SOCKET && c->cmsg_type == SO_TIMESTAMPNS) {
+	for (struct cmsghdr *c = CMSG_FIRSTHDR(h); c; c = CMSG_NXTHDR((struct msghdr *)h, c)) {
+		if (c->cmsg_level == SOL_SOCKET && c->cmsg_type == SO_TIMESTAMPNS) {
 			said.time_ns = arrival(m, c);
 		} else if (c->cmsg_level == IPPROTO_UDP && c->cmsg_type == UDP_GRO) {
-			said.segment = value;
+			memcpy(&segment, CMSG_DATA(c), sizeof(segment));
+			said.segment = segment;
 		}
 	}
 	return said;
@@ -242,7 +238,7 @@ static uint32_t take(struct sl_mmsg *m, uint32_t want)
 		return 0;
 	while (w->next < w->messages && taken < want) {
 		uint32_t i = w->next, whole = m->header[i].msg_len, length = whole - w->offset;
-		struct said said = read_control(m, s, i);
+		struct said said = read_control(m, i);
 		uint32_t index = SL_NO_FRAME;
 		bool whole_lost = m->header[i].msg_hdr.msg_flags & MSG_TRUNC;
 
@@ -293,9 +289,7 @@ static void offer(struct sl_mmsg *m, uint32_t n)
 		struct msghdr *h = &m->header[i].msg_hdr;
 
 		h->msg_namelen = sizeof(m->name[i]);
-		/* Else the first alone asks for SO_RXQ_OVFL: once per call is often enough. */
-		h->msg_control = !i || m->options.gro || m->options.timestamps ? &m->control[i] :
-										 NULL;
+		h->msg_control = m->options.gro || m->options.timestamps ? &m->control[i] : NULL;
 		h->msg_controllen = h->msg_control ? sizeof(m->control[i]) : 0;
 	}
 }

@@ -49,18 +49,14 @@ struct sl_socket {
 	int family;
 	uint64_t cookie; /* the kernel's own number of it; a descriptor may be used again */
 	uint16_t port;
-	uint32_t overflow; /* last value of SO_RXQ_OVFL, wraps */
+	uint32_t overflow; /* the kernel's count when last asked, wraps */
 	uint32_t gso;      /* longest datagram that may share a message with others, 0: none */
 };
 
-/*
- * What recvmmsg says beside a datagram: SO_RXQ_OVFL, SO_TIMESTAMPNS, and UDP_GRO where
- * datagrams share a message.
- */
+/* What recvmmsg says beside a datagram: SO_TIMESTAMPNS, and UDP_GRO where datagrams share a message. */
 union sl_control {
 	struct cmsghdr header;
-	char space[CMSG_SPACE(sizeof(uint32_t)) + CMSG_SPACE(sizeof(int)) +
-		   CMSG_SPACE(sizeof(struct timespec))];
+	char space[CMSG_SPACE(sizeof(int)) + CMSG_SPACE(sizeof(struct timespec))];
 };
 
 /* Messages of the last recvmmsg call that are not used up: more of them than were wanted. */
