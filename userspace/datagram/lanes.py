@@ -33,6 +33,7 @@ from userspace.datagram.opening import Wanted, lane_specs, rungs
 from userspace.datagram.owned_lanes import open_owned
 from userspace.datagram.owner import Owner
 from userspace.datagram.portable import PortableLanes
+from userspace.datagram.socket_statistics import SendFailure
 from userspace.datagram.xsk_lanes import XskLanes
 from xdp.errors import PermissionsError, SluiceError, UnsupportedError, UsageError
 from xdp.policy import Policy
@@ -90,6 +91,10 @@ class Lanes(Protocol):
         ``failures`` says which were not, by index, and why.  Raises UsageError for a number of
         payloads that is not that of the destinations.
         """
+
+    @property
+    def failures(self) -> tuple[SendFailure, ...]:
+        """What the last ``send_many`` did not get out (over kernel sockets, also ``send``), and why."""
 
     def send_back(self, batch: Batch) -> int:
         """Send every payload to where it came from, as it is now; how many were accepted.
