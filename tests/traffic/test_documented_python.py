@@ -86,7 +86,7 @@ class TestApi:
             assert done == set(self.CHECKS)
             assert not here.carries_program()
             got = [_all(sock) for sock in answers]
-            sent = [b"one", b"two", bytes(1472), b"a shred"]
+            sent = [b"one", b"two", bytes(1472), b"a shred", b"a vote"]
             assert [one for one in got[0] if not one.startswith(b"DONE")] == sent
             assert names["there"].payload_maximum == 1472
             sent_back = sum(one.startswith(b"DONE") for found in got for one in found)
@@ -133,6 +133,11 @@ class TestApi:
         assert names["sent"] in {2, 3}
 
     @staticmethod
+    def _batched(names: dict[str, Any], said: str) -> None:
+        assert re.fullmatch(r"[1-9]\d* received\n2 sent, [12]\.0 in a batch\n", said)
+        assert names["totals"].waiting == 0
+
+    @staticmethod
     def _answered(names: dict[str, Any], _said: str) -> None:
         assert names["answered"] > 0
 
@@ -174,6 +179,7 @@ class TestApi:
         "kept = bytes(view)": _copied,
         "except BufferError": _held,
         "lanes.send(": _sent,
+        "UDPBatchManager(lanes": _batched,
         "lanes.send_back(batch)": _answered,
         '.lane("votes")': _looked,
         "lanes.split()": _split,
