@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sluice_cli.bench import ECHO, FANOUT, RECEIVE, TRANSMIT
+from sluice_cli.bench import ECHO, FANOUT, MANAGER, RECEIVE, TRANSMIT
 from sluice_cli.bench_soak_worker import PATHS
 from tests.traffic.commands import interrupt, refused, report, run
 
@@ -27,7 +27,7 @@ def check(document: dict[str, Any], direction: str, size: int, names: list[str])
     assert machine["kernel"] == os.uname().release
     rows = {row["path"]: row for row in document["results"] if row["size"] == size}
     assert list(rows) == names
-    kernel = "sendmmsg-c" if direction in {"transmit", "fanout"} else "recvmmsg-c"
+    kernel = "sendmmsg-c" if direction in {"transmit", "fanout", "manager"} else "recvmmsg-c"
     for row in rows.values():
         assert row["direction"] == direction
         assert row["batch"] > 0
@@ -104,6 +104,11 @@ def test_options_out_of_range() -> None:
 
 def test_without_privileges() -> None:
     assert refused("bench", "receive", nobody=True)[0] == 4
+
+
+def test_manager_all_paths() -> None:
+    names = [path.name for path in MANAGER]
+    check(report("bench", "manager", "--size", "64", *SHORT, *SAME), "manager", 64, names)
 
 
 def test_soak_of_all_paths() -> None:

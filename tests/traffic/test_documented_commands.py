@@ -105,6 +105,7 @@ CASES: dict[str, Case] = {
     "sluice bench transmit": Case(r"sluice\s+64", more=SHORT),
     "sluice bench fanout": Case(r"sluice\s+64", more=SHORT),
     "sluice bench echo": Case(r"sluice\s+64", more=SHORT),
+    "sluice bench manager": Case(r"sluice-manager", more=SHORT),
     "sluice bench latency": Case(r"heartbeat", more=("--seconds", "0.2")),
     "sluice bench soak": Case(r"sluice-mmsg", more=("--minutes", "0.02", "--rate", "2000")),
     "sluice bench program": Case(r"(?s)v4.*v6", more=("--seconds", "0.5")),

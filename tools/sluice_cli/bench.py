@@ -79,7 +79,19 @@ FANOUT: Final = (
     Contender("sendmmsg-c", "mmsg-c", 200),
     Contender("sluice-mmsg", "sluice-mmsg", 200),
 )
-PATHS: Final = {"receive": RECEIVE, "transmit": TRANSMIT, "echo": ECHO, "fanout": FANOUT}
+#: A program that has one packet at a time: a call for each, or a batch manager.
+MANAGER: Final = (
+    Contender("sendmmsg-c", "mmsg-c", 64),
+    Contender("sluice-each", "sluice-each", 1),
+    Contender("sluice-manager", "sluice-manager", 64),
+    Contender("sluice-mmsg-each", "sluice-mmsg-each", 1),
+    Contender("sluice-mmsg-manager", "sluice-mmsg-manager", 64),
+    Contender("sluice-portable-each", "sluice-portable-each", 1),
+    Contender("sluice-portable-manager", "sluice-portable-manager", 64),
+)
+PATHS: Final = {
+    "receive": RECEIVE, "transmit": TRANSMIT, "echo": ECHO, "fanout": FANOUT, "manager": MANAGER
+}  # fmt: skip
 
 #: What a path's rate is divided by: the C program on libxdp that does the same.
 _REFERENCE: Final = {"sluice-touch": "xsk-c-touch", "sluice-linger-touch": "xsk-c-touch"}
@@ -91,6 +103,7 @@ _REFERENCE: Final = {"sluice-touch": "xsk-c-touch", "sluice-linger-touch": "xsk-
         sudo sluice bench receive --size 1232 --path sluice --path xsk-c --runs 5
         sudo sluice bench transmit --size 64
         sudo sluice bench fanout --size 1232
+        sudo sluice bench manager
         sudo sluice bench echo --json
         sudo sluice bench latency --seconds 10
         sudo sluice bench program
@@ -255,6 +268,13 @@ def fanout(output: Output, **options: Any) -> None:
     "xsk-c" sends frames that are ready-made, which no program with many destinations has.
     """
     _measure(output, "fanout", **options)
+
+
+@bench.command(name="manager")
+@_options("manager")
+def manager(output: Output, **options: Any) -> None:
+    """Send packets one at a time: a call for each, or through a batch manager."""
+    _measure(output, "manager", **options)
 
 
 @bench.command(name="echo")

@@ -36,7 +36,7 @@ from xdp.tables import compile_policy
 PORT: Final = 9000
 HEARTBEAT_PORT: Final = 9001
 #: Directions in which the path itself is what sends.
-SENDING: Final = frozenset(("transmit", "fanout"))
+SENDING: Final = frozenset(("transmit", "fanout", "manager"))
 _START_TIMEOUT: Final = 30.0  # seconds; Python, imports and sockets on a busy machine
 #: Added to a run's length for the generator, which starts before and is stopped after.
 _MARGIN: Final = 5.0

@@ -25,6 +25,8 @@ _BUFFER: Final = 2048
 _SO_RCVBUFFORCE: Final = 33  # asm-generic/socket.h
 #: Batches between two looks at the clock, which would cost a tenth of a batch's Python each time.
 _TURN: Final = 16
+#: Packets between two looks at it, of those who send them one by one.
+_ONES: Final = 1024
 
 
 @dataclass
@@ -203,6 +205,45 @@ def mmsg_echo(arguments: Arguments, meter: Meter) -> None:
             meter.count(lanes.send_back(lanes.receive(arguments.batch, timeout=0.1)))
 
 
+def one_by_one(arguments: Arguments, meter: Meter) -> None:
+    """A call for each packet, on AF_XDP, sendmmsg or plain sockets."""
+    to, payload, port = (arguments.address, arguments.port), bytes(arguments.size), arguments.port
+    with _opened(arguments) as lanes:
+        lanes.send(to, [payload], port=port)  # routes are asked for now
+        ready()
+        while meter.running():
+            meter.count(sum(lanes.send(to, [payload], port=port) for _ in range(_ONES)))
+
+
+def through_manager(arguments: Arguments, meter: Meter) -> None:
+    """The same packets, queued one by one with a batch manager."""
+    from userspace.datagram.batch_manager import UDPBatchManager
+
+    to, payload = (arguments.address, arguments.port), bytes(arguments.size)
+    with _opened(arguments) as lanes:
+        manager = UDPBatchManager(lanes, port=arguments.port, batch_size=arguments.batch)
+        lanes.send(to, [payload], port=arguments.port)
+        ready()
+        sent = 0
+        while meter.running():
+            for _ in range(_ONES):
+                manager.queue_packet(to, payload)
+            before, sent = sent, manager.statistics().sent
+            meter.count(sent - before)
+        manager.close()
+
+
+def _opened(arguments: Arguments) -> Any:
+    from sluice_cli.bench_room import bench_policy
+    from userspace.datagram.portable import PortableLanes
+
+    if arguments.path.startswith("sluice-mmsg"):
+        return _open_mmsg(arguments)
+    if arguments.path.startswith("sluice-portable"):
+        return PortableLanes(bench_policy(arguments.port))
+    return open_lanes(arguments)
+
+
 def _send_many(lanes: Any, fanout: Any, payload: bytes, port: int, meter: Meter) -> None:
     lanes.send_many(fanout, payload, port=port)  # routes are asked for now
     ready()
@@ -328,6 +369,11 @@ RUNNERS: Final[dict[tuple[str, str], Callable[[Arguments, Meter], None]]] = {
     ("sluice-mmsg", "receive"): mmsg_receive,
     ("sluice-mmsg", "fanout"): mmsg_fanout,
     ("sluice-mmsg", "transmit"): mmsg_transmit,
+    **{(f"{lanes}-each", "manager"): one_by_one for lanes in ("sluice", "sluice-mmsg", "sluice-portable")},
+    **{
+        (f"{lanes}-manager", "manager"): through_manager
+        for lanes in ("sluice", "sluice-mmsg", "sluice-portable")
+    },
     ("sluice-mmsg", "echo"): mmsg_echo,
     ("socket", "receive"): socket_receive,
     ("socket", "echo"): socket_echo,
