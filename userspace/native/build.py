@@ -36,6 +36,7 @@ PARTS = (
     "headers",
     "queue",
     "wait",
+    "channel",
 )
 
 # Parts that Python sees nothing of.
