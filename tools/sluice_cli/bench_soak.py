@@ -46,7 +46,7 @@ _BATCH: Final = 256
     )
 )
 @click.option(
-    "--minutes", type=click.FloatRange(0.01, 55), default=10.0, show_default=True, help="Of each path."
+    "--minutes", type=click.FloatRange(0.01, 60), default=10.0, show_default=True, help="Of each path."
 )
 @click.option("--rate", type=click.IntRange(100, 5_000_000), default=50_000, show_default=True,
               help="Packets per second.")  # fmt: skip
