@@ -175,14 +175,25 @@ def _ethtool(name: str) -> Iterator[Finding]:
             advice = f"ethtool -G {name} rx {rings.rx_max}: bursts that don't fit are lost before the program"
             yield Finding("receive ring", "warn", f"{rings.rx} of {rings.rx_max}", advice)
         features = tool.get_features(name).features
-    on = [word for word in ("rx-lro", "rx-gro-hw") if word in features and features[word].enable]
-    if on:
+    yield from _offloads(name, {word for word, feature in features.items() if feature.enable})
+
+
+def _offloads(name: str, on: set[str]) -> Iterator[Finding]:
+    """What merges packets, before the program or behind it; ``on`` are ethtool's names."""
+    before = [word for word in ("rx-lro", "rx-gro-hw") if word in on]
+    if before:
         short = {"rx-lro": "lro", "rx-gro-hw": "rx-gro-hw"}
-        switches = " ".join(f"{short[word]} off" for word in on)
-        detail = f"the hardware merges packets ({', '.join(on)}), which XDP can't see"
+        switches = " ".join(f"{short[word]} off" for word in before)
+        detail = f"the hardware merges packets ({', '.join(before)}), which XDP can't see"
         yield Finding("offloads", "warn", detail, f"ethtool -K {name} {switches}")
     else:
         yield Finding("offloads", "ok", "the hardware merges no packets")
+    behind = [word for word in ("rx-udp-gro-forwarding", "rx-gro-list") if word in on]
+    if behind:
+        detail = f"UDP packets that are passed are merged to be forwarded ({', '.join(behind)})"
+        switches = " ".join(f"{word} off" for word in behind)
+        advice = f"unless this machine is a router: ethtool -K {name} {switches}; sockets get them later"
+        yield Finding("GRO forwarding", "warn", detail, advice)
 
 
 def _queues(name: str, channels: Any) -> Finding:

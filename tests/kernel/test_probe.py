@@ -96,6 +96,24 @@ def test_settings_that_hurt_are_named(pair: Steered) -> None:
         subprocess.run(["ip", "-n", pair.name, "link", "set", FAR, "mtu", "1500", "up"], check=True)
 
 
+@pytest.mark.parametrize("feature", ["rx-udp-gro-forwarding", "rx-gro-list"])
+def test_merging_for_a_router_is_named(pair: Steered, feature: str) -> None:
+    def switch(state: str) -> None:
+        words = ["ip", "netns", "exec", pair.name, "ethtool", "-K", NEAR, feature, state]
+        subprocess.run(words, check=True, capture_output=True)
+
+    assert about(pair, NEAR)["offloads"].state == "ok"
+    assert "GRO forwarding" not in about(pair, NEAR)
+    switch("on")
+    try:
+        found = about(pair, NEAR)["GRO forwarding"]
+        assert found.state == "warn"
+        assert f"ethtool -K {NEAR} {feature} off" in found.advice
+    finally:
+        switch("off")
+    assert "GRO forwarding" not in about(pair, NEAR)
+
+
 def test_an_interface_without_native_xdp(pair: Steered) -> None:
     subprocess.run(["ip", "-n", pair.name, "link", "add", "dummy7", "type", "ifb"], check=True)
     subprocess.run(["ip", "-n", pair.name, "link", "add", "bridge7", "type", "bridge"], check=True)
