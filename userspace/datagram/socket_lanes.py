@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Self
 
@@ -14,7 +15,7 @@ from xdp.errors import UsageError
 from xdp.policy import Policy
 
 
-class KernelSocketLanes:
+class KernelSocketLanes(ABC):
     """A base class: the sockets and the policy behind them, and the end of both."""
 
     mode = ""
@@ -49,9 +50,9 @@ class KernelSocketLanes:
             "refused": [{"mode": refusal.mode, "reason": refusal.reason} for refusal in self.refused],
         }
 
+    @abstractmethod
     def close(self) -> None:
         """Close the sockets; may be called twice."""
-        raise NotImplementedError
 
     def __enter__(self) -> Self:
         return self
