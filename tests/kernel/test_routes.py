@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ipaddress
 import json
@@ -308,3 +309,15 @@ def test_random_changes(lab: Lab, router: Router) -> None:
             assert said == word_of_the_kernel(lab.server, address), (address, found, history)
             frames += said is not None
     assert frames
+
+
+def test_beside_a_running_event_loop() -> None:
+    """asyncio lets no second loop run in a thread."""
+
+    async def main(lab: Lab) -> None:
+        with router_of(lab.server) as router:
+            for address in (lab.client.ipv4, lab.client.ipv6):
+                assert isinstance(router.find(str(address), NOW), Route)
+
+    with Lab(static_neighbours=True) as lab:
+        asyncio.run(main(lab))
