@@ -19,6 +19,8 @@ import pytest
 from tests.documents import DOCUMENTS, ROOT, Block, blocks
 from tests.ordinary_user import nobodys_python, readable_root
 from tests.traffic.documented import (
+    PORT,
+    SECONDS,
     SOURCE_PORTS,
     Machine,
     code_blocks,
@@ -56,7 +58,7 @@ def test_no_example_is_left_out() -> None:
     assert found == {"README.md", "docs/api.md", "docs/performance.md"}
     assert len(code_blocks("README.md", "python")) == len(code_blocks("docs/performance.md", "python")) == 1
     examples = {path.name for path in (ROOT / "docs" / "examples").glob("*.py")}
-    assert examples == {"busy_thread.py", "owner_client.py", "receive.py"}
+    assert examples == {"asyncio_echo.py", "busy_thread.py", "owner_client.py", "receive.py"}
 
 
 class TestApi:
@@ -70,7 +72,7 @@ class TestApi:
         done = set()
         with ExitStack() as cleanup:
             here = cleanup.enter_context(machine(tmp_path, code_blocks("docs/api.md", "toml")[0].text))
-            answers = cleanup.enter_context(traffic(here.lab))
+            clients = cleanup.enter_context(traffic(here.lab))
             cleanup.callback(lambda: names["lanes"].close() if "lanes" in names else None)
             for block in API:
                 served = _serve(here, block)
@@ -85,12 +87,15 @@ class TestApi:
                         done.add(mark)
             assert done == set(self.CHECKS)
             assert not here.carries_program()
-            got = [_all(sock) for sock in answers]
+            got = [_all(sock) for sock in clients]
             sent = [b"one", b"two", bytes(1472), b"a shred", b"a vote"]
-            assert [one for one in got[0] if not one.startswith(b"DONE")] == sent
+            answers = (b"DONE", b"SEEN", b"ECHO")
+            assert [one for one in got[0] if not one.startswith(answers)] == sent
             assert names["there"].payload_maximum == 1472
-            sent_back = sum(one.startswith(b"DONE") for found in got for one in found)
-            assert 0 < sent_back <= names["answered"], "those over IPv6 arrive elsewhere"
+            counts = (names["answered"], names["seen"], names["served"].sent)
+            for answer, count in zip(answers, counts, strict=True):
+                sent_back = sum(one.startswith(answer) for found in got for one in found)
+                assert 0 < sent_back <= count, "those over IPv6 arrive elsewhere"
 
     @staticmethod
     def _opened(names: dict[str, Any], said: str) -> None:
@@ -110,6 +115,16 @@ class TestApi:
     @staticmethod
     def _counted(names: dict[str, Any], _said: str) -> None:
         assert names["received"] >= 100
+
+    @staticmethod
+    def _seen(names: dict[str, Any], _said: str) -> None:
+        assert names["seen"] >= 50
+
+    @staticmethod
+    def _served(names: dict[str, Any], said: str) -> None:
+        assert said == f"{names['served'].received} received, {names['served'].sent} sent\n"
+        assert names["served"].received == names["served"].given > 0
+        assert names["lanes"].closed
 
     @staticmethod
     def _gathered(names: dict[str, Any], said: str) -> None:
@@ -174,7 +189,7 @@ class TestApi:
         "print(lanes.mode)": _opened,
         'lanes.status()["refused"]': _refused,
         "print(lane, bytes(payload))": _received,
-        "asyncio.run": _counted,
+        "count(lanes, 100)": _counted,
         "batch.gather": _gathered,
         "kept = bytes(view)": _copied,
         "except BufferError": _held,
@@ -183,6 +198,8 @@ class TestApi:
         "lanes.send_back(batch)": _answered,
         '.lane("votes")': _looked,
         "lanes.split()": _split,
+        "answer(lanes, 50)": _seen,
+        "open_endpoint(Echo": _served,
         "open_lanes(owner=": _owned,
         'interface="eth7"': _explained,
         "program.test_run": _controlled,
@@ -246,6 +263,20 @@ class TestExamples:
         status = ast.literal_eval(read_until(process, r"}\n"))
         assert status["mode"] == "native-copy"
         _exchange(readers, process)
+        assert not readers.carries_program()
+
+    def test_asyncio_echo(self, readers: Machine) -> None:
+        process = readers.start(["python", "docs/examples/asyncio_echo.py", "eth1", "policy.toml"])
+        status = ast.literal_eval(read_until(process, r"}\n"))
+        assert status["mode"] == "native-copy"
+        with readers.lab.client.enter():
+            client = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        with client:
+            client.settimeout(SECONDS)
+            for number in range(20):
+                client.sendto(b"VOTE %d" % number, (str(readers.lab.server.ipv4), PORT))
+                assert client.recv(100) == b"VOTE %d" % number
+        assert interrupt(process) == (0, "20 answered\n")
         assert not readers.carries_program()
 
     def test_owner_client(self, readers: Machine) -> None:
