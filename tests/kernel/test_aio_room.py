@@ -31,6 +31,7 @@ from userspace.datagram.aio import AsyncLanes
 from userspace.datagram.aio_protocol import LaneTransport, open_endpoint
 from userspace.datagram.batch import Batch
 from userspace.datagram.fanout import Fanout
+from userspace.datagram.portable import PortableLanes
 
 __all__ = ["backend", "lab", "lanes", "run"]  # fixtures: in use, though only as arguments
 
@@ -112,7 +113,9 @@ def test_a_full_device_queue(lab: Lab, lanes: SocketLanes, run: Run) -> None:
 
     with Bottleneck(lab, NARROW, 4000), client(lab) as receiver:
         run(main())
-        assert [receiver.recv(2000) for _ in PAYLOADS] == PAYLOADS
+        found = [receiver.recv(2000) for _ in PAYLOADS]
+    # Portable lanes try what is behind one that found no room, and the queue may have got some meanwhile.
+    assert (sorted(found) if isinstance(lanes, PortableLanes) else found) == PAYLOADS
     assert lanes.statistics().send_failed == 0
 
 
@@ -156,7 +159,8 @@ def test_sent_back_through_two_full_sockets(lab: Lab, lanes: SocketLanes, run: R
             run(main(batch))
             found = [receiver.recvfrom(2000) for _ in range(7)]
         assert sorted(payload for payload, _ in found) == sorted([*PAYLOADS[:6], b"other port"])
-        assert {(len(payload), name[1]) for payload, name in found} == {(1000, PORTS[0]), (10, PORTS[1])}
+        first = {(payload, PORTS[0]) for payload in PAYLOADS[:6]}
+        assert {(payload, name[1]) for payload, name in found} == first | {(b"other port", PORTS[1])}
     assert lanes.statistics().sent - before.sent == 7
     assert lanes.statistics().send_failed == before.send_failed
     assert lanes.census()["held"] == 0
@@ -265,7 +269,8 @@ def test_a_protocol_is_paused(lab: Lab, lanes: SocketLanes, run: Run) -> None:
             transport.sendto(payload)
         await until(lambda: transport.statistics().sent)
         assert protocol.said == []
-        assert transport.get_write_buffer_size() == 1000 * transport.statistics().waiting > 0
+        left = PAYLOADS[8 - transport.statistics().waiting : 8]
+        assert transport.get_write_buffer_size() == sum(map(len, left)) > 0
         for payload in PAYLOADS[8:]:
             transport.sendto(payload)
         assert protocol.said == ["pause"]
