@@ -32,7 +32,8 @@ static void transmit_shared(int fd, const struct arguments *arguments, struct re
 		shared.messages[i].msg_hdr.msg_controllen = CMSG_SPACE(sizeof(segment));
 	}
 	/* The last one of a batch has what is left. */
-	shared.vectors[n - 1].iov_len = (arguments->batch - (n - 1) * share) * arguments->size;
+	shared.vectors[n - 1].iov_len =
+		(size_t)(arguments->batch - (n - 1) * share) * arguments->size;
 	say_ready();
 	while (running(report, arguments)) {
 		uint64_t packets = 0;
