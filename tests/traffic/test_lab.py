@@ -262,11 +262,11 @@ class TestNothingIsLeft:
     def test_killed_while_building(self, name: str) -> None:
         """Any state between the marker and the finished lab is cleaned up."""
         marker = Marker(name, 1, 2**22 + 1, 5, ready=False)  # a pid above the kernel's limit
-        with locked():
+        with locked():  # as long as it takes: others reclaim, too
             write_marker(marker)
-        netns.create(marker.namespaces[0])
-        # a file that no namespace is mounted on any more
-        (NETNS_DIRECTORY / marker.namespaces[1]).touch()
+            netns.create(marker.namespaces[0])
+            # a file that no namespace is mounted on any more
+            (NETNS_DIRECTORY / marker.namespaces[1]).touch()
         reclaim()  # unless another process was faster: whoever makes a lab does this first
         assert not exists(name)
         assert not any((NETNS_DIRECTORY / namespace).exists() for namespace in marker.namespaces)
