@@ -9,87 +9,24 @@
  * the policy names are ever steered or dropped (fragments, if it says so, are
  * the one exception): the operator's SSH, ARP, ND and routing are never touched.
  *
- * The loader (xdp/compile.py) gives:
+ * The compiler is given:
  *   SLUICE_CPUS    number of possible CPUs
- *   SLUICE_COOKIE  marks frames that carry metadata, drawn at random
- *   SLUICE_SALT    of the prefix hash, drawn at random
+ *   SLUICE_FRAGS   (jumbo frames) loaded with BPF_F_XDP_HAS_FRAGS: packets may lie
+ *                  in several buffers
  *   SLUICE_BENCH_RANDOM_PEERS  (bench only) draw each packet's source among 2^n
+ * and the loader draws what constant.h says.
  */
 #include <uapi/linux/bpf.h>
 #include "abi.h"
+#include "constant.h"
 #include "count.h"
 #include "parse.h"
 #include "peer.h"
 #include "policy.h"
-#include "limit.h"
+#include "decision.h"
 #include "reply.h"
 
 BPF_XSKMAP(xsks, SLUICE_XSKS_SIZE);
-
-/* What is known about a packet once its service is; passed between the steps. */
-struct decision {
-	u64 now;
-	struct sluice_policy *policy;
-	struct sluice_rule *rule;
-	struct found from;
-	struct sluice_counters *row;
-	u32 lane;
-	u8 service;
-	u8 kind;
-	u8 class_id;
-	u8 demoted;
-};
-
-/* over_limits() found nothing to object to */
-#define WITHIN_LIMITS (-1)
-
-/*
- * Peer, then a stranger's prefix, then lane; the first that is over decides.
- * may_demote: to a lower lane where the rule or the lane says so.  Returns the
- * reason of the drop or WITHIN_LIMITS; may change decision->lane.
- */
-static __always_inline int over_limits(const struct packet *packet, struct decision *decision,
-				       int may_demote)
-{
-	struct sluice_rule *rule = decision->rule;
-	struct sluice_lane *lane;
-	int reason = WITHIN_LIMITS;
-	u32 over = rule->over;
-	u32 demote_lane = rule->demote_lane;
-	u64 *tat;
-
-	if (decision->from.peer &&
-	    limit_over(&decision->from.peer->tat_ns, &rule->peer, decision->now, decision->row)) {
-		reason = SLUICE_DROP_PEER_LIMIT;
-	} else if (rule->prefix.interval_ns && !decision->from.id) {
-		tat = limit_prefix_bucket(packet, decision->policy);
-		if (tat && limit_over(tat, &rule->prefix, decision->now, decision->row))
-			reason = SLUICE_DROP_PREFIX_LIMIT;
-	}
-	lane = &decision->policy->lane[decision->lane & (SLUICE_MAX_LANES - 1)];
-	if (reason == WITHIN_LIMITS) {
-		if (!lane->limit.interval_ns)
-			return WITHIN_LIMITS;
-		tat = limit_lane_bucket(decision->lane);
-		if (!tat || !limit_over(tat, &lane->limit, decision->now, decision->row))
-			return WITHIN_LIMITS;
-		reason = SLUICE_DROP_LANE_LIMIT;
-		over = lane->over;
-		demote_lane = lane->demote_lane;
-	}
-	if (!may_demote || over != SLUICE_OVER_DEMOTE)
-		return reason;
-
-	decision->row->demoted_from[decision->lane & (SLUICE_MAX_LANES - 1)]++;
-	decision->lane = demote_lane & (SLUICE_MAX_LANES - 1);
-	decision->row->demoted_to[decision->lane]++;
-	decision->demoted = 1;
-	lane = &decision->policy->lane[decision->lane];
-	tat = limit_lane_bucket(decision->lane);
-	if (tat && limit_over(tat, &lane->limit, decision->now, decision->row))
-		return SLUICE_DROP_LANE_LIMIT;
-	return WITHIN_LIMITS;
-}
 
 /*
  * Directly below the packet, where the reader of the frame finds it.  Metadata
@@ -163,7 +100,7 @@ static __always_inline int decide(struct xdp_md *ctx, const struct frame *frame,
 		return SLUICE_PASS_POLICY;
 	}
 	decision->lane = decision->rule->lane & (SLUICE_MAX_LANES - 1);
-	count_add(&decision->row->lane_seen[decision->lane], frame->end - frame->data);
+	count_add(&decision->row->lane_seen[decision->lane], frame->length);
 	reason = over_limits(packet, decision, !probe);
 	if (reason != WITHIN_LIMITS) {
 		*action = XDP_DROP;
@@ -188,12 +125,20 @@ int sluice_steer(struct xdp_md *ctx)
 	struct sluice_generation *newest;
 	struct sluice_port *port;
 	struct packet *packet;
+#ifdef SLUICE_FRAGS
+	u32 length = bpf_xdp_get_buff_len(ctx);
+#else
 	u32 length = frame.end - frame.data;
+#endif
 	u32 cpu = bpf_get_smp_processor_id();
 	u32 zero = 0, bank;
 	u64 number;
 	int action = XDP_PASS, reason;
 
+	frame.length = length;
+#ifdef SLUICE_FRAGS
+	frame.context = ctx;
+#endif
 	decision.row = counters.lookup(&cpu);
 	packet = scratch.lookup(&cpu);
 	if (!decision.row || !packet)
@@ -237,8 +182,8 @@ int sluice_steer(struct xdp_md *ctx)
 	decision.now = bpf_ktime_get_ns();
 	decision.service = port->service;
 	peer_find(&decision.from, &packet->source, bank, cpu, decision.now, decision.row);
-	decision.class_id = peer_class(&decision.from, &packet->source, number, bank, cpu);
-	peer_count(&decision.from, decision.now, length, decision.row);
+	decision.class_id = peer_class(&decision.from, packet, number, bank, cpu);
+	peer_count(&decision.from, packet, decision.now, length, decision.row);
 
 	decision.kind = policy_kind(&frame, packet, bank, port);
 	decision.rule = policy_rule(bank, decision.service, decision.class_id, decision.kind);
@@ -247,7 +192,7 @@ int sluice_steer(struct xdp_md *ctx)
 	else
 		reason = SLUICE_PASS_POLICY;
 	if (action == XDP_DROP)
-		peer_count_drop(&decision.from);
+		peer_count_drop(&decision.from, packet);
 out:
 	count_verdict(decision.row, decision.lane, reason, length);
 	return action;

@@ -35,12 +35,15 @@ class _Lib:
     # bpf/include/abi.h: sizes, limits, enum values
     SLUICE_ABI_VERSION: int
     SLUICE_BANKS: int
+    SLUICE_MARK_COOKIE: int
+    SLUICE_MARK_SALT: int
     SLUICE_MAX_LANES: int
     SLUICE_MAX_SERVICES: int
     SLUICE_MAX_CLASSES: int
     SLUICE_MAX_KINDS: int
     SLUICE_MAX_PATTERNS: int
     SLUICE_MAX_QUEUES: int
+    SLUICE_MAX_WORKERS: int
     SLUICE_MAX_STRANGERS: int
     SLUICE_STRANGER_SETS: int
     SLUICE_STRANGER_WAYS: int
@@ -50,6 +53,8 @@ class _Lib:
     SLUICE_PREFIX_BUCKETS: int
     SLUICE_PORTS: int
     SLUICE_FILTER_WORDS: int
+    SLUICE_HOLD_MARKS: int
+    SLUICE_HOLD_LINES: int
     SLUICE_FILTER_SIZE: int
     SLUICE_PORTS_SIZE: int
     SLUICE_PATTERNS_SIZE: int
@@ -63,6 +68,8 @@ class _Lib:
     SLUICE_HEARTBEAT_MAGIC: int
     SLUICE_HEARTBEAT_PROBE: int
     SLUICE_HEARTBEAT_REPLY: int
+    SLUICE_HEARTBEAT_PING: int
+    SLUICE_HEARTBEAT_PONG: int
     SLUICE_PASS_TRUNCATED: int
     SLUICE_PASS_NOT_IP: int
     SLUICE_PASS_VLAN_DEPTH: int
@@ -79,6 +86,7 @@ class _Lib:
     SLUICE_DROP_FRAGMENT: int
     SLUICE_DROP_DENIED: int
     SLUICE_DROP_POLICY: int
+    SLUICE_DROP_HELD: int
     SLUICE_DROP_PEER_LIMIT: int
     SLUICE_DROP_PREFIX_LIMIT: int
     SLUICE_DROP_LANE_LIMIT: int
@@ -103,6 +111,8 @@ class _Lib:
     BPF_XDP: int
     BPF_LINK_TYPE_XDP: int
     BPF_PROG_TYPE_XDP: int
+    BPF_PROG_TYPE_SK_REUSEPORT: int
+    BPF_SK_REUSEPORT_SELECT: int
     BPF_F_XDP_HAS_FRAGS: int
     BPF_F_TEST_XDP_LIVE_FRAMES: int
     BPF_OBJ_NAME_LEN: int
@@ -116,6 +126,7 @@ class _Lib:
     BPF_MAP_TYPE_ARRAY_OF_MAPS: int
     BPF_MAP_TYPE_HASH_OF_MAPS: int
     BPF_MAP_TYPE_XSKMAP: int
+    BPF_MAP_TYPE_REUSEPORT_SOCKARRAY: int
     BPF_F_MMAPABLE: int
     XDP_FLAGS_SKB_MODE: int
     XDP_FLAGS_DRV_MODE: int
@@ -166,6 +177,8 @@ class _Lib:
     def sluice_prog_by_id(self, id: int) -> int: ...
     def sluice_map_by_id(self, id: int) -> int: ...
     def sluice_link_by_id(self, id: int) -> int: ...
+    def sluice_map_make(self, info: CData, btf_fd: int) -> int: ...
+    def sluice_btf_load(self, types: CData, size: int) -> int: ...
     def sluice_btf_by_id(self, id: int) -> int: ...
     def sluice_btf_raw(self, btf_fd: int, buffer: CData, size: int, kernel_btf: CData) -> int: ...
     def sluice_map_freeze(self, fd: int) -> int: ...
@@ -174,6 +187,7 @@ class _Lib:
     def sluice_probe_prog_type(self, type: int) -> int: ...
     def sluice_probe_map_type(self, type: int) -> int: ...
     def sluice_probe_helper(self, prog_type: int, helper_id: int) -> int: ...
+    def sluice_probe_xsk_sg(self) -> int: ...
     def sluice_possible_cpus(self) -> int: ...
     def sluice_filter_add(self, words: CData, addresses: CData, count: int) -> None: ...
     def sluice_libbpf_version(self) -> CData: ...

@@ -57,6 +57,8 @@ LIBBPF_CALLS = """
 #define BPF_XDP ...
 #define BPF_LINK_TYPE_XDP ...
 #define BPF_PROG_TYPE_XDP ...
+#define BPF_PROG_TYPE_SK_REUSEPORT ...
+#define BPF_SK_REUSEPORT_SELECT ...
 #define BPF_F_XDP_HAS_FRAGS ...
 #define BPF_F_TEST_XDP_LIVE_FRAMES ...
 #define BPF_OBJ_NAME_LEN ...
@@ -70,6 +72,7 @@ LIBBPF_CALLS = """
 #define BPF_MAP_TYPE_ARRAY_OF_MAPS ...
 #define BPF_MAP_TYPE_HASH_OF_MAPS ...
 #define BPF_MAP_TYPE_XSKMAP ...
+#define BPF_MAP_TYPE_REUSEPORT_SOCKARRAY ...
 #define BPF_F_MMAPABLE ...
 #define XDP_FLAGS_SKB_MODE ...
 #define XDP_FLAGS_DRV_MODE ...
@@ -84,6 +87,8 @@ int sluice_map_info(int fd, struct sluice_map_info *info);
 int sluice_link_info(int fd, struct sluice_link_info *info);
 int sluice_map_create(uint32_t type, const char *name, uint32_t key_size,
     uint32_t value_size, uint32_t max_entries, uint32_t flags, int inner_fd);
+int sluice_map_make(const struct sluice_map_info *info, int btf_fd);
+int sluice_btf_load(const void *types, uint32_t size);
 int sluice_link_create(int prog_fd, int ifindex, uint32_t attach_type, uint32_t flags);
 int sluice_link_update(int link_fd, int new_prog_fd);
 int sluice_map_lookup(int fd, const void *key, void *value);
@@ -112,6 +117,8 @@ int sluice_probe_prog_type(uint32_t type);
 int sluice_probe_map_type(uint32_t type);
 int sluice_probe_helper(uint32_t prog_type, uint32_t helper_id);
 int sluice_possible_cpus(void);
+/* whether AF_XDP sockets can be bound with XDP_USE_SG: 0, -EINVAL: not, or another -errno */
+int sluice_probe_xsk_sg(void);
 /* sets the addresses' bits in SLUICE_FILTER_WORDS words (bpf/include/filter.h) */
 void sluice_filter_add(struct sluice_filter *words, const struct sluice_address *addresses,
     uint32_t count);
@@ -122,8 +129,11 @@ SOURCE = r"""
 #include <errno.h>
 #include <linux/bpf.h>
 #include <linux/if_link.h>
+#include <linux/if_xdp.h>
 #include <stdint.h>
 #include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
 #include <bpf/bpf.h>
 #include <bpf/libbpf.h>
 #include "abi.h"
@@ -135,6 +145,9 @@ SOURCE = r"""
 #endif
 #ifndef BPF_F_TEST_XDP_LIVE_FRAMES
 #define BPF_F_TEST_XDP_LIVE_FRAMES (1U << 1)
+#endif
+#ifndef XDP_USE_SG
+#define XDP_USE_SG (1 << 4) /* linux/if_xdp.h */
 #endif
 
 @INFO_STRUCTS@
@@ -258,6 +271,25 @@ static int sluice_map_create(uint32_t type, const char *name, uint32_t key_size,
     if (inner_fd >= 0)
         opts.inner_map_fd = inner_fd;
     return result(bpf_map_create(type, name, key_size, value_size, max_entries, &opts));
+}
+
+/* As info describes it; btf_fd < 0: without types. */
+static int sluice_map_make(const struct sluice_map_info *info, int btf_fd)
+{
+    LIBBPF_OPTS(bpf_map_create_opts, opts, .map_flags = info->map_flags);
+
+    if (btf_fd >= 0) {
+        opts.btf_fd = btf_fd;
+        opts.btf_key_type_id = info->btf_key_type_id;
+        opts.btf_value_type_id = info->btf_value_type_id;
+    }
+    return result(bpf_map_create(info->type, info->name, info->key_size, info->value_size,
+                                 info->max_entries, &opts));
+}
+
+static int sluice_btf_load(const void *types, uint32_t size)
+{
+    return result(bpf_btf_load(types, size, NULL));
 }
 
 static int sluice_link_create(int prog_fd, int ifindex, uint32_t attach_type, uint32_t flags)
@@ -390,6 +422,22 @@ static int sluice_probe_map_type(uint32_t type)
 static int sluice_probe_helper(uint32_t prog_type, uint32_t helper_id)
 {
     return libbpf_probe_bpf_helper(prog_type, helper_id, NULL);
+}
+
+/*
+ * The kernel looks at flags before anything else: unknown ones are EINVAL, then the
+ * interface 0, which never is, ENODEV.  Nothing is bound either way.
+ */
+static int sluice_probe_xsk_sg(void)
+{
+    struct sockaddr_xdp address = { .sxdp_family = AF_XDP, .sxdp_flags = XDP_USE_SG };
+    int fd = socket(AF_XDP, SOCK_RAW | SOCK_CLOEXEC, 0), error;
+
+    if (fd < 0)
+        return -errno;
+    error = bind(fd, (struct sockaddr *)&address, sizeof(address)) ? -errno : 0;
+    close(fd);
+    return error == -ENODEV ? 0 : error;
 }
 
 static int sluice_possible_cpus(void)

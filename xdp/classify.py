@@ -21,9 +21,11 @@ from xdp._libbpf import lib
 from xdp.abi import Address, pack_address
 from xdp.classify_frame import MAPPED, is_impossible_source, parse
 from xdp.classify_heartbeat import is_answerable, is_probe, reply_frame, reply_payload
-from xdp.classify_limit import PrefixTimestamps, StrangerTimestamps, Timestamps
+from xdp.classify_limit import HoldTimestamps, Limit, PrefixTimestamps, StrangerTimestamps, Timestamps
 from xdp.classify_policy import Decision, PolicyView
+from xdp.errors import UsageError
 from xdp.policy import Policy
+from xdp.tables import check_times, hold_limit
 
 #: Texts of addresses that are kept with their bytes; sockets give text for every datagram.
 _MAX_ADDRESS_TEXTS = 65536
@@ -67,6 +69,7 @@ class Classifier:
     def __init__(self, policy: Policy, *, open_lanes: Collection[int] | None = None) -> None:
         self._view = PolicyView(policy)
         self._open_lanes = open_lanes
+        self._holds = HoldTimestamps()
         self._known = Timestamps()
         self._strangers = StrangerTimestamps()
         self._prefixes = PrefixTimestamps()
@@ -79,13 +82,35 @@ class Classifier:
         return self._view.policy
 
     def swap(self, policy: Policy) -> None:
-        """Replaces the policy; limits go on from where they are, as in the kernel."""
-        self._view = PolicyView(policy)
+        """Replaces the policy; limits go on from where they are, as in the kernel, and holds of who stays."""
+        self._view = view = PolicyView(policy)
+        self._holds.keep(lambda source: bool(view.identify(source)[0]))
 
-    def classify(self, frame: bytes, now_ns: int) -> Verdict:
-        """The verdict for an Ethernet frame (without FCS) at a monotonic time in nanoseconds."""
+    def hold(
+        self, address: Address, packets_per_second: int, burst: int, *, until_ns: int, now_ns: int
+    ) -> None:
+        """Hold a configured peer at a rate until a time, as :meth:`xdp.holds.PeerHolds.hold` does.
+
+        Raises UsageError for a stranger and for what is out of range.
+        """
+        check_times(until_ns, now_ns)
+        interval, more = hold_limit(packets_per_second, burst)
+        source = pack_address(address)
+        if not self._view.identify(source)[0]:
+            raise UsageError(f"{address} is no configured peer, and only those can be held")
+        self._holds.set(source, Limit(interval, more * interval), until_ns, now_ns)
+
+    def release(self, address: Address) -> None:
+        """End a hold, if there is one."""
+        self._holds.clear(pack_address(address))
+
+    def classify(self, frame: bytes, now_ns: int, *, reach: int | None = None) -> Verdict:
+        """The verdict for an Ethernet frame (without FCS) at a monotonic time in nanoseconds.
+
+        ``reach``: bytes in the first of several buffers, None: it is in one.
+        """
         view = self._view
-        datagram = parse(frame)
+        datagram = parse(frame, reach)
         if isinstance(datagram, int):
             if datagram == lib.SLUICE_PASS_FRAGMENT and view.drop_fragments:
                 return Verdict(lib.SLUICE_DROP_FRAGMENT)
@@ -155,8 +180,10 @@ class Classifier:
     def _limited(
         self, decision: Decision, source: bytes, peer: int, now_ns: int, *, probe: bool
     ) -> tuple[int, int]:
-        """Reason and final lane: peer, prefix and lane limits in this order, the first one over decides."""
+        """Reason and final lane: hold, peer, prefix and lane limits in this order, the first over decides."""
         lane = decision.lane
+        if peer and self._holds.over(source, now_ns):
+            return lib.SLUICE_DROP_HELD, lane
         over, demote = self._over(decision, source, peer, now_ns)
         if over is not None:
             if demote is None or probe:

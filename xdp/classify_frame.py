@@ -59,12 +59,16 @@ class Datagram(NamedTuple):
         return self.udp_offset + _UDP
 
 
-def parse(frame: bytes) -> Datagram | int:
+def parse(frame: bytes, reach: int | None = None) -> Datagram | int:
     """The datagram in ``frame`` (without FCS), or the number of the reason to pass.
 
     ``SLUICE_PASS_FRAGMENT`` stands for any fragment of a UDP datagram; the policy
-    says whether it is really passed.
+    says whether it is really passed.  ``reach``: bytes of the first of several buffers,
+    in which all headers have to be (``SLUICE_PASS_TRUNCATED``); at least a page less its
+    head and tail room, so only chains of IPv6 extension headers can be longer.
     """
+    if reach is None:
+        reach = len(frame)
     if len(frame) < _ETHERNET:
         return lib.SLUICE_PASS_TRUNCATED
     offset = _ETHERNET
@@ -79,13 +83,13 @@ def parse(frame: bytes) -> Datagram | int:
         offset += _TAG
         ethertype = _u16(frame, offset - 2)
     if ethertype == _ETHERTYPE_IPV4:
-        return _ipv4(frame, offset)
+        return _ipv4(frame, offset, reach)
     if ethertype == _ETHERTYPE_IPV6:
-        return _ipv6(frame, offset)
+        return _ipv6(frame, offset, reach)
     return lib.SLUICE_PASS_NOT_IP
 
 
-def _ipv4(frame: bytes, at: int) -> Datagram | int:
+def _ipv4(frame: bytes, at: int, reach: int) -> Datagram | int:
     if len(frame) < at + _IPV4:
         return lib.SLUICE_PASS_TRUNCATED
     header = (frame[at] & 0x0F) * 4
@@ -99,10 +103,10 @@ def _ipv4(frame: bytes, at: int) -> Datagram | int:
     if _u16(frame, at + 6) & 0x3FFF:  # more fragments, or an offset
         return lib.SLUICE_PASS_FRAGMENT
     addresses = (MAPPED + frame[at + 12 : at + 16], MAPPED + frame[at + 16 : at + 20])
-    return _udp(frame, 4, addresses, at, at + header, at + total, plain=header == _IPV4)
+    return _udp(frame, 4, addresses, at, at + header, at + total, reach, plain=header == _IPV4)
 
 
-def _ipv6(frame: bytes, at: int) -> Datagram | int:
+def _ipv6(frame: bytes, at: int, reach: int) -> Datagram | int:
     if len(frame) < at + _IPV6:
         return lib.SLUICE_PASS_TRUNCATED
     end = at + _IPV6 + _u16(frame, at + 4)
@@ -117,7 +121,7 @@ def _ipv6(frame: bytes, at: int) -> Datagram | int:
         if extensions == _MAX_EXTENSIONS:
             return lib.SLUICE_PASS_EXTENSION
         extensions += 1
-        if end < here + 8:  # the shortest of them, and each is a multiple
+        if min(end, reach) < here + 8:  # the shortest of them, and each is a multiple
             return lib.SLUICE_PASS_TRUNCATED
         following = frame[here]
         if protocol == _FRAGMENT:
@@ -137,15 +141,25 @@ def _ipv6(frame: bytes, at: int) -> Datagram | int:
     if protocol != _PROTOCOL_UDP:
         return lib.SLUICE_PASS_NOT_UDP
     addresses = (frame[at + 8 : at + 24], frame[at + 24 : at + 40])
-    return _udp(frame, 6, addresses, at, here, end, plain=extensions == 0)
+    return _udp(frame, 6, addresses, at, here, end, reach, plain=extensions == 0)
 
 
 def _udp(
-    frame: bytes, version: int, addresses: tuple[bytes, bytes], ip: int, at: int, end: int, *, plain: bool
+    frame: bytes,
+    version: int,
+    addresses: tuple[bytes, bytes],
+    ip: int,
+    at: int,
+    end: int,
+    reach: int,
+    *,
+    plain: bool,
 ) -> Datagram | int:
     """The datagram whose UDP header is at ``at`` in an IP packet that ends at ``end``."""
     if end < at + _UDP:
         return lib.SLUICE_PASS_UDP_LENGTH
+    if reach < at + _UDP:
+        return lib.SLUICE_PASS_TRUNCATED
     length = _u16(frame, at + 4)
     if not _UDP <= length <= end - at:
         return lib.SLUICE_PASS_UDP_LENGTH

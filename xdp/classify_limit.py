@@ -10,6 +10,7 @@ them is bounded.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import NamedTuple
 
 from xdp._libbpf import lib
@@ -45,6 +46,39 @@ class Timestamps:
         if tat is None:
             return True
         self._tat[key] = tat
+        return False
+
+
+class HoldTimestamps:
+    """Holds by address, as bpf/include/hold.h has them: a limit until a time, and its TAT."""
+
+    def __init__(self) -> None:
+        self._held: dict[bytes, tuple[Limit, int, int]] = {}  # limit, until, TAT
+
+    def set(self, key: bytes, limit: Limit, until_ns: int, now_ns: int) -> None:
+        """Begin a hold, or go on with one that is in force: then it keeps what it has let through."""
+        _, until, tat = self._held.get(key, (limit, 0, 0))
+        tat = 0 if until <= now_ns else min(tat, now_ns + limit.burst_ns + limit.interval_ns)
+        self._held[key] = limit, until_ns, tat
+
+    def clear(self, key: bytes) -> None:
+        """End it."""
+        self._held.pop(key, None)
+
+    def keep(self, wanted: Callable[[bytes], bool]) -> None:
+        """End those of others."""
+        self._held = {key: held for key, held in self._held.items() if wanted(key)}
+
+    def over(self, key: bytes, now_ns: int) -> bool:
+        """Counts a packet; True when it is over the rate that its sender is held at."""
+        held = self._held.get(key)
+        if held is None or held[1] <= now_ns:
+            return False
+        limit, until, tat = held
+        following = next_tat(tat, now_ns, limit)
+        if following is None:
+            return True
+        self._held[key] = limit, until, following
         return False
 
 

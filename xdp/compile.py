@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a file in bpf/ to bytecode and maps, through bcc.
+"""From a file in bpf/ to bytecode, through bcc.
 
-bcc compiles and makes the maps; loading is :mod:`xdp.program`'s.  bcc rewrites
+bcc compiles; making maps and loading is :mod:`xdp.bytecode`'s and :mod:`xdp.program`'s.
+What was compiled before comes from a file (:mod:`xdp.bytecode_cache`).  bcc rewrites
 map accesses only in the text that it is given, not in included files, so our own
 headers are put in place of their ``#include`` lines (with ``#line`` marks, so
 that compiler messages name the right file).
@@ -11,18 +12,20 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import bpf
-from xdp.errors import SluiceError, UnsupportedError, VerifierError
-from xdp.headers import kernel_source
+from xdp import bytecode_cache
+from xdp.bytecode import Bytecode
+from xdp.errors import OPEN_FILES, SluiceError, UnsupportedError, VerifierError
+from xdp.headers import kernel_source, stamp
 
 if TYPE_CHECKING:
     from bcc import BPF
@@ -31,18 +34,6 @@ INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"\s*$')
 
 # abi.h includes this for the C compilers of user space; bcc has the types already.
 KERNEL_TYPES = "#include <linux/types.h>"
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """Bytecode that refers to its maps by descriptor.
-
-    ``module`` owns the maps' descriptors and must outlive every use of them.
-    """
-
-    instructions: bytes
-    maps: dict[str, int]
-    module: BPF
 
 
 def flatten(name: str) -> str:
@@ -96,35 +87,59 @@ def _import_bcc() -> type[BPF]:
     return cast("type[BPF]", BPF)
 
 
-def compile_program(name: str, function: str, *, defines: Sequence[str] = ()) -> Compiled:
-    """Compile ``function`` of ``bpf/name``; ``defines`` are "NAME=VALUE".
+def compile_program(
+    name: str,
+    function: str,
+    *,
+    defines: Sequence[str] = (),
+    placeholders: Sequence[int] = (),
+    cache: Path | None = None,
+) -> Bytecode:
+    """Compile ``function`` of ``bpf/name``; ``defines`` are "NAME=VALUE"; ``placeholders`` are as
+    Bytecode.of_loaded's.
 
-    Takes 1 to 2 seconds.  Raises UnsupportedError where bcc or headers are
-    missing, VerifierError where the text does not compile.
+    Takes 1 to 2 seconds the first time; after that it is read from ``cache``, by default a folder
+    that only this user can write.  Raises UnsupportedError where bcc or headers are missing,
+    VerifierError where the text does not compile.
     """
-    bcc = _import_bcc()
     source = kernel_source()
+    text = flatten(name)
     flags = [f"-D{define}" for define in defines]
     # From LLVM 14 on the kernel's headers warn in plenty; ours are checked by the tests.
     flags += ["-Werror=implicit-function-declaration", "-Wno-macro-redefined", "-Wno-unknown-warning-option"]
+    key = bytecode_cache.key_of(text, function, *flags, platform.machine(), platform.release(), stamp(source))
+    found = bytecode_cache.fetch(key, cache)
+    if found is None:
+        found = _compile(name, function, text, flags, source, placeholders)
+        bytecode_cache.store(key, found, cache)
+    return found
+
+
+def _compile(
+    name: str, function: str, text: str, flags: Sequence[str], source: Path, placeholders: Sequence[int]
+) -> Bytecode:
+    bcc = _import_bcc()
     before = os.environ.get("BCC_KERNEL_SOURCE")
     os.environ["BCC_KERNEL_SOURCE"] = str(source)
+    module: BPF | None = None
     with tempfile.TemporaryFile() as log:
         try:
             with _stderr_to(log):
                 # bytes: bcc warns about str, except in cflags
-                module = bcc(text=flatten(name).encode(), cflags=flags)
-                instructions = module.dump_func(function.encode())
+                module = bcc(text=text.encode(), cflags=flags)
+                instructions, maps = module.dump_func(function.encode()), _map_descriptors(module)
+                return Bytecode.of_loaded(instructions, maps, placeholders=placeholders)
         except Exception as error:  # bcc raises bare Exception
             log.seek(0)
             said = log.read().decode(errors="replace")
             raise _compile_error(name, said, error) from error
         finally:
+            if module is not None:
+                module.cleanup()
             if before is None:
                 del os.environ["BCC_KERNEL_SOURCE"]
             else:
                 os.environ["BCC_KERNEL_SOURCE"] = before
-    return Compiled(instructions=instructions, maps=_map_descriptors(module), module=module)
 
 
 def _compile_error(name: str, said: str, error: Exception) -> SluiceError:
@@ -137,7 +152,7 @@ def _compile_error(name: str, said: str, error: Exception) -> SluiceError:
     if "Too many open files" in said:
         return UnsupportedError(
             f"bpf/{name}: too many open files",
-            hint="raise the limit of open files (`ulimit -n`)",
+            hint=OPEN_FILES,
             detail=said,
         )
     first = next((line for line in said.splitlines() if "error:" in line), str(error))

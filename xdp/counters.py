@@ -51,6 +51,8 @@ class Counters:
     strangers_refused: int
     metadata_refused: int
     limit_contended: int
+    #: Select program: given to another worker of the lane, since the peer's own has no socket.
+    worker_gone: int = 0
     totals: dict[Category, Count] = field(default_factory=dict)
 
     @property
@@ -138,5 +140,6 @@ def parse_counters(raw: bytes) -> Counters:
         strangers_refused=total("strangers_refused"),
         metadata_refused=total("metadata_refused"),
         limit_contended=total("limit_contended"),
+        worker_gone=total("worker_gone"),
         totals=totals,
     )

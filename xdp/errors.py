@@ -10,7 +10,10 @@ apart; docs/troubleshooting.md lists them.
 from __future__ import annotations
 
 import os
-from typing import ClassVar
+from errno import EMFILE
+from typing import ClassVar, Final
+
+OPEN_FILES: Final = "raise the limit of open files (`ulimit -n`)"
 
 
 class SluiceError(Exception):
@@ -25,7 +28,12 @@ class SluiceError(Exception):
 
     @classmethod
     def from_errno(cls, what: str, errno: int, *, hint: str = "", detail: str = "") -> SluiceError:
-        """``what`` failed with ``errno`` (positive); the class is kept, the errno is in the message."""
+        """``what`` failed with ``errno`` (positive); the class is kept, the errno is in the message.
+
+        Where descriptors have run out, what to do is the same whatever wanted one.
+        """
+        if not hint and errno == EMFILE:
+            hint = OPEN_FILES
         error = cls(f"{what}: {os.strerror(errno)}", hint=hint, detail=detail)
         error.errno = errno
         return error

@@ -30,7 +30,7 @@ from pathlib import Path
 
 from xdp.errors import PermissionsError, UnsupportedError
 
-__all__ = ["default_cache", "kernel_source", "version_of"]
+__all__ = ["default_cache", "kernel_source", "stamp", "version_of"]
 
 INSTALL_HINT = (
     "install kernel headers: apt-get install linux-headers-$(uname -r), or any: linux-headers-amd64 "
@@ -230,14 +230,19 @@ def _key(sources: Sequence[Path]) -> str:
     """Changes when the sources do: a package update keeps the path but rewrites the configuration."""
     key = hashlib.sha256(f"{_LAYOUT}".encode())
     for source in sources:
-        configuration = source / "include/generated/autoconf.h"
         if source.is_dir():
-            stamp = str(configuration.stat().st_mtime_ns) if configuration.exists() else ""
+            key.update(f"\0{stamp(source)}".encode())
         else:
             # A file in sysfs has no lasting time of change; the kernel's build does identify it.
-            stamp = f"{platform.release()} {platform.version()} {source.stat().st_size}"
-        key.update(f"\0{source}\0{stamp}".encode())
+            build = f"{platform.release()} {platform.version()} {source.stat().st_size}"
+            key.update(f"\0{source}\0{build}".encode())
     return key.hexdigest()[:16]
+
+
+def stamp(tree: Path) -> str:
+    """Path and state of a configured tree; what was made of its files is good while this is the same."""
+    configuration = tree / "include/generated/autoconf.h"
+    return f"{tree}\0{configuration.stat().st_mtime_ns if configuration.exists() else ''}"
 
 
 @contextlib.contextmanager

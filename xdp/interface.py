@@ -15,8 +15,12 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+import msgspec
+
+from xdp import policy_model
 from xdp.errors import InterfaceGoneError, PermissionsError, SluiceError, UnsupportedError, UsageError
 
 # The same numbers on all architectures (asm-generic/unistd.h and up from 424).
@@ -93,9 +97,27 @@ def _sysfs_access(interface: str, name: str, value: str | None) -> str:
             if value is not None:
                 os.write(descriptor, value.encode("ascii"))
                 return value
-            return os.read(descriptor, 64).decode("ascii").strip()
+            return os.read(descriptor, 4096).decode("ascii").strip()
         finally:
             os.close(descriptor)
+
+
+def sysfs_text(interface: str, name: str) -> str:
+    """A file of the interface's folder in sysfs; "" where it has none of that name."""
+    try:
+        return _sysfs_access(interface, name, None)
+    except (InterfaceGoneError, UnsupportedError):
+        return ""
+
+
+def device_of(interface: str) -> str:
+    """The name of its device on its bus, such as "0000:3b:00.0" or "virtio2"; "" of a virtual one."""
+    _check_name(interface)
+    with _sysfs() as root:
+        try:
+            return Path(os.readlink(f"class/net/{interface}/device", dir_fd=root)).name
+        except OSError:
+            return ""
 
 
 def _timer(name: str) -> Setting:
@@ -185,6 +207,21 @@ class Tuning:
     gro_flush_timeout: int | None = None
     gro: bool | None = None
     lro: bool | None = None
+
+    def before(self, policy: policy_model.Tuning) -> policy_model.Tuning:
+        """The policy's ``[tuning]``, with what this says in place of what that says."""
+        given = {key: getattr(self, key) for key in ("napi_defer_hard_irqs", "gro_flush_timeout")}
+        said = {key: value for key, value in given.items() if value is not None}
+        return msgspec.structs.replace(policy, **said)
+
+    def over(self, policy: policy_model.Tuning) -> Tuning:
+        """The same, and what the policy says of the interface where this says nothing."""
+        both = self.before(policy)
+        return replace(
+            self,
+            napi_defer_hard_irqs=both.napi_defer_hard_irqs,
+            gro_flush_timeout=both.gro_flush_timeout,
+        )
 
     def values(self, interface: str) -> list[tuple[Setting, str]]:
         """The settings with their wanted values, in the order to make the changes."""

@@ -50,6 +50,13 @@ def journal_path(ifindex: int, run: Path = RUN) -> Path:
     return run / f"{namespace_inode()}-{ifindex}.journal"
 
 
+def journals(run: Path = RUN) -> list[int]:
+    """The interfaces (by index) of this network namespace that have a journal, ascending."""
+    prefix = f"{namespace_inode()}-"
+    names = [path.name.removeprefix(prefix) for path in run.glob(f"{prefix}*.journal")]
+    return sorted(int(name.removesuffix(".journal")) for name in names if name[:-8].isdigit())
+
+
 class Journal:
     """The changes made to one interface; its lock (:mod:`xdp.state`) must be held."""
 

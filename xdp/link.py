@@ -13,8 +13,6 @@ import socket
 from pathlib import Path
 from typing import Literal, Protocol
 
-from pyroute2 import IPRoute
-
 from xdp._libbpf import ffi, lib
 from xdp.errors import BusyError, InterfaceGoneError, PermissionsError, SluiceError, UnsupportedError
 
@@ -33,6 +31,8 @@ class _Loaded(Protocol):
 
 def attached_program(ifindex: int) -> tuple[int, str] | None:
     """(program id, "native" | "generic" | ...) of the interface as netlink tells it, or None."""
+    from pyroute2 import IPRoute
+
     with IPRoute() as netlink:
         try:
             links = netlink.get_links(ifindex)
@@ -144,6 +144,8 @@ def detach_foreign(ifindex: int) -> None:
 
     A program held by somebody's link cannot be taken off; BusyError says so.
     """
+    from pyroute2 import IPRoute
+
     with IPRoute() as netlink:
         for flags in (lib.XDP_FLAGS_DRV_MODE, lib.XDP_FLAGS_SKB_MODE):
             try:

@@ -29,6 +29,14 @@ class Refusal(msgspec.Struct, frozen=True):
     reason: str
 
 
+class Tuned(msgspec.Struct, frozen=True):
+    """A setting of the interface that was changed: its text before and after."""
+
+    key: str
+    before: str
+    after: str
+
+
 class OwnerState(msgspec.Struct, frozen=True, kw_only=True):
     """The content of the file."""
 
@@ -47,6 +55,8 @@ class OwnerState(msgspec.Struct, frozen=True, kw_only=True):
     socket: str = ""
     persisted: bool = False
     names: Names = Names()
+    #: Put back by whoever ends the owner's work (:mod:`xdp.journal`).
+    tuned: tuple[Tuned, ...] = ()
 
     @property
     def alive(self) -> bool:

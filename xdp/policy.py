@@ -32,6 +32,7 @@ from xdp.policy_model import (
     Rings,
     Service,
     StrangerPrefix,
+    Tuning,
 )
 from xdp.policy_peers import read_text
 from xdp.policy_place import Place, Table
@@ -45,6 +46,7 @@ from xdp.policy_read import (
     read_service,
     read_stranger_prefix,
 )
+from xdp.policy_tuning import read_tuning
 
 __all__ = ["Class", "Lane", "PeerEntry", "Policy", "Service"]
 
@@ -75,6 +77,7 @@ class Policy(model.Struct, frozen=True, kw_only=True):
     companion: Companion = Companion()
     owner: Owner = Owner()
     interface: Interface = Interface()
+    tuning: Tuning = Tuning()
 
     @classmethod
     def load(cls, path: str | Path) -> Policy:
@@ -198,6 +201,7 @@ def _read_policy(table: Table, directory: Path | None) -> Policy:
         companion=read_companion(table.at("companion"), table.values.get("companion", {})),
         owner=read_owner(table.at("owner"), table.values.get("owner", {})),
         interface=read_interface(table.at("interface"), table.values.get("interface", {})),
+        tuning=read_tuning(table.at("tuning"), table.values.get("tuning", {})),
     )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from xdp._libbpf import ffi, lib
 from xdp.errors import PolicyError, SluiceError
+from xdp.holds import HoldTable
 from xdp.maps import BpfMap
 from xdp.tables import KnownTable, Tables
 
@@ -45,14 +46,17 @@ class PolicyMaps:
     def swap(self, tables: Tables) -> int:
         """Put ``tables`` in force and return the new generation.
 
-        Peers that both policies know keep their numbers, limits and counters.
+        Peers that both policies know keep their numbers, limits, holds and counters.
         Raises PolicyError where the tables do not fit the maps.
         """
         self._check_sizes(tables)
-        with self._lock:
+        with self._lock, HoldTable(self._maps) as holds:
             generation = self.generation + 1
             bank = generation % lib.SLUICE_BANKS
-            tables, gone = self._number_peers(tables)
+            present = self._present()
+            # What came too late for a peer that had left is no hold of who gets its number now.
+            holds.clear(set(holds.numbers()) - set(present.values()))
+            tables, gone = _number_peers(tables, present)
             self._write_bank(bank, tables)
             self._add_peers(tables.known)
             self._maps["generation"].update(_INDEX_0, _GENERATION.pack(generation))
@@ -61,6 +65,7 @@ class PolicyMaps:
             if gone:
                 keys = ffi.from_buffer("char[]", b"".join(gone))
                 self._maps["known"].delete_many(keys, len(gone))
+                holds.clear(gone.values())
             self.tables = tables
             return generation
 
@@ -72,23 +77,10 @@ class PolicyMaps:
             if count > limit:
                 raise PolicyError(f"the policy has {count:,} {name}; at most {limit:,} fit")
 
-    def _number_peers(self, tables: Tables) -> tuple[Tables, list[bytes]]:
-        """The same tables with peers numbered as they already are, and the addresses that are gone."""
-        id_offset = ffi.offsetof("struct sluice_known", "id")
-        present = {
-            key: struct.unpack_from("=I", value, id_offset)[0] for key, value in self._maps["known"].items()
-        }
-        raw = bytes(ffi.buffer(tables.known.keys, tables.known.count * _ADDRESS_SIZE))
-        wanted = [raw[start : start + _ADDRESS_SIZE] for start in range(0, len(raw), _ADDRESS_SIZE)]
-        gone = list(present.keys() - set(wanted))
-        if not present:
-            return tables, gone
-        # A number is not given to somebody else while packets marked with it may still be read.
-        taken = set(present.values())
-        unused = iter(number for number in range(1, len(taken) + len(wanted) + 1) if number not in taken)
-        ids = array("I", (present.get(address) or next(unused) for address in wanted))
-        known = KnownTable(tables.known.keys, ffi.from_buffer("uint32_t[]", ids), tables.known.count)
-        return dataclasses.replace(tables, known=known), gone
+    def _present(self) -> dict[bytes, int]:
+        """The configured peers that the program knows, with their numbers."""
+        offset = ffi.offsetof("struct sluice_known", "id")
+        return {key: struct.unpack_from("=I", value, offset)[0] for key, value in self._maps["known"].items()}
 
     def _write_bank(self, bank: int, tables: Tables) -> None:
         maps = self._maps
@@ -128,6 +120,21 @@ class PolicyMaps:
             value.id = number
         keys = ffi.from_buffer("char[]", b"".join(key for key, _ in fresh))
         self._maps["known"].update_many(keys, values, len(fresh))
+
+
+def _number_peers(tables: Tables, present: dict[bytes, int]) -> tuple[Tables, dict[bytes, int]]:
+    """The same tables with peers numbered as they already are, and those that are gone."""
+    raw = bytes(ffi.buffer(tables.known.keys, tables.known.count * _ADDRESS_SIZE))
+    wanted = [raw[start : start + _ADDRESS_SIZE] for start in range(0, len(raw), _ADDRESS_SIZE)]
+    gone = {address: present[address] for address in present.keys() - set(wanted)}
+    if not present:
+        return tables, gone
+    # A number is not given to somebody else while packets marked with it may still be read.
+    taken = set(present.values())
+    unused = iter(number for number in range(1, len(taken) + len(wanted) + 1) if number not in taken)
+    ids = array("I", (present.get(address) or next(unused) for address in wanted))
+    known = KnownTable(tables.known.keys, ffi.from_buffer("uint32_t[]", ids), tables.known.count)
+    return dataclasses.replace(tables, known=known), gone
 
 
 def _write_rows(target: BpfMap, first: int, rows: Any, count: int) -> None:

@@ -43,6 +43,8 @@ MAX_PREFIXES = lib.SLUICE_MAX_PREFIXES - 1  # one may be needed to keep ::/0 off
 MAX_RATE = 100_000_000
 MAX_BURST = 100_000_000
 
+#: Packets in several frames: always, never, or where the MTU does not fit a frame and the kernel has them.
+Jumbo = bool | Literal["auto"]
 InterfaceMode = Literal["auto", "native", "generic"]
 #: From best to worst: what ``minimum_mode`` may demand.
 Rung = Literal["native-zero-copy", "native-copy", "generic-copy", "mmsg", "portable"]
@@ -165,6 +167,7 @@ class Rings(Struct, frozen=True, kw_only=True):
     rx: int = 4096
     tx: int = 2048
     frame_size: int = 2048
+    jumbo: Jumbo = "auto"
     quota: int = 4096
     reserve: int = 1024
 
@@ -181,6 +184,25 @@ class Owner(Struct, frozen=True, kw_only=True):
 
     users: tuple[str | int, ...] = ()
     groups: tuple[str | int, ...] = ()
+
+
+#: Which CPU the thread of each queue runs on: by queue, or near the queue's interrupts.
+Pin = Literal["auto"] | tuple[int, ...]
+
+
+class Tuning(Struct, frozen=True, kw_only=True):
+    """What is changed of sockets and interface for speed; nothing by default.
+
+    ``busy_poll`` is in microseconds, ``gro_flush_timeout`` in nanoseconds.  None leaves a
+    setting of the interface as it is.
+    """
+
+    busy_poll: int = 0
+    busy_poll_budget: int | None = None
+    prefer_busy_poll: bool = False
+    napi_defer_hard_irqs: int | None = None
+    gro_flush_timeout: int | None = None
+    pin: Pin | None = None
 
 
 class Interface(Struct, frozen=True, kw_only=True):

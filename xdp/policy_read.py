@@ -276,9 +276,19 @@ def read_rings(place: Place, value: object) -> model.Rings:
         rx=table.power_of_two("rx", _SMALLEST_RING, _LARGEST_RING, default.rx),
         tx=table.power_of_two("tx", _SMALLEST_RING, _LARGEST_RING, default.tx),
         frame_size=size,
+        jumbo=_jumbo(table, default.jumbo),
         quota=table.integer("quota", 1, _LARGEST_QUOTA, default.quota),
         reserve=table.integer("reserve", 1, _LARGEST_QUOTA, default.reserve),
     )
+
+
+def _jumbo(table: Table, default: model.Jumbo) -> model.Jumbo:
+    value = table.values.get("jumbo", default)
+    if value == "auto" and isinstance(value, str):
+        return "auto"
+    if isinstance(value, bool):
+        return value
+    raise table.at("jumbo").wrong(value, '"auto", true or false')
 
 
 def read_companion(place: Place, value: object) -> model.Companion:

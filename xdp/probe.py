@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from xdp import jumbo
 from xdp._libbpf import ffi, lib
 from xdp.errors import PermissionsError, SluiceError
 
@@ -55,8 +56,6 @@ _AF_XDP = 44  # linux/socket.h; this Python has no name for it
 
 # linux/bpf.h, enum bpf_func_id
 _HELPERS = {"bpf_redirect_map": 51, "bpf_xdp_adjust_meta": 54, "bpf_ktime_get_ns": 5}
-_PROGRAM_SK_REUSEPORT = 21
-_MAP_REUSEPORT_SOCKARRAY = 20
 
 
 def probe_host() -> list[Finding]:
@@ -133,6 +132,7 @@ def _programs() -> Iterator[Finding]:
             "sk_reuseport",
             "bpf_link for XDP",
             "AF_XDP sockets",
+            "AF_XDP jumbo frames",
         )
         for topic in topics:
             yield Finding(topic, "warn", detail, "run `sluice doctor` as root")
@@ -157,12 +157,13 @@ def _programs() -> Iterator[Finding]:
     }
     yield _all_supported("XDP helpers", helpers, "a newer kernel", essential=True)
     select = {
-        "program": lib.sluice_probe_prog_type(_PROGRAM_SK_REUSEPORT),
-        "map": lib.sluice_probe_map_type(_MAP_REUSEPORT_SOCKARRAY),
+        "program": lib.sluice_probe_prog_type(lib.BPF_PROG_TYPE_SK_REUSEPORT),
+        "map": lib.sluice_probe_map_type(lib.BPF_MAP_TYPE_REUSEPORT_SOCKARRAY),
     }
     yield _all_supported("sk_reuseport", select, "only the mmsg mode needs it", essential=False)
     yield _link()
     yield _sockets()
+    yield _jumbo_frames()
 
 
 def _supported(topic: str, result: int, config: str, *, essential: bool) -> Finding:
@@ -239,6 +240,14 @@ def _sockets() -> Finding:
             "a kernel with CONFIG_XDP_SOCKETS; without it lanes end in the kernel, or run in the mmsg mode"
         )
         return Finding("AF_XDP sockets", "missing", str(error.strerror), advice)
+
+
+def _jumbo_frames() -> Finding:
+    refusal = jumbo.kernel_refusal()
+    if not refusal:
+        return Finding("AF_XDP jumbo frames", "ok", "packets may come in several frames")
+    advice = "only for an MTU above the frame size: what does not fit a frame can't be steered"
+    return Finding("AF_XDP jumbo frames", "warn", refusal, advice)
 
 
 def _libraries() -> Iterator[Finding]:

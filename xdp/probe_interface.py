@@ -15,10 +15,11 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
-from xdp import inventory
+from xdp import inventory, jumbo
 from xdp._libbpf import lib
 from xdp.errors import UsageError
 from xdp.probe import Finding
+from xdp.probe_tuning import probe_tuning
 
 # enum netdev_xdp_act, linux/netdev.h (Linux 6.3)
 XDP_FEATURES = {
@@ -37,9 +38,8 @@ _ETHTOOL_GDRVINFO = 3
 _DRVINFO_SIZE = 196  # struct ethtool_drvinfo
 _IFF_UP = 1
 
-#: Frames have 2,048 bytes by default, of which the kernel keeps 256 (XDP_PACKET_HEADROOM) in front.
-FRAME_ROOM = 2048 - 256
-_ETHERNET_AND_TAGS = 14 + 8
+#: What [rings] frame_size may be, bytes; the first is the default.
+_FRAME_SIZES = (2048, 4096)
 #: A driver without multi-buffer needs a packet, its headroom and skb_shared_info within one page of 4 KiB.
 _PAGE_ROOM = 3498
 
@@ -70,19 +70,30 @@ def _link_state(name: str, message: Any, driver: str) -> Iterator[Finding]:
     else:
         yield Finding("interface", "warn", f"{detail}, down", f"ip link set dev {name} up")
     mtu = int(message.get_attr("IFLA_MTU") or 0)
-    if mtu + _ETHERNET_AND_TAGS > _PAGE_ROOM and name != "lo":
-        advice = f"ip link set dev {name} mtu 1500; many drivers refuse native XDP above about 3,500"
-        yield Finding("MTU", "warn", f"{mtu}", advice)
-    elif mtu + _ETHERNET_AND_TAGS > FRAME_ROOM:
-        advice = f"larger packets than {FRAME_ROOM} bytes don't fit a frame: frame_size = 4096 in [rings]"
-        yield Finding("MTU", "warn", f"{mtu}", advice)
-    else:
-        yield Finding("MTU", "ok", f"{mtu}")
+    yield _mtu(name, mtu)
     if master := message.get_attr("IFLA_MASTER"):
         advice = (
             "attach to the interfaces that carry the traffic; a bridge or bond never sees what is steered"
         )
         yield Finding("master", "warn", f"enslaved to interface {master}", advice)
+
+
+def _mtu(name: str, mtu: int) -> Finding:
+    usual, largest = _FRAME_SIZES
+    if jumbo.fits_a_frame(mtu, usual):
+        return Finding("MTU", "ok", f"{mtu}")
+    if jumbo.fits_a_frame(mtu, largest) and mtu <= _PAGE_ROOM:
+        room = usual - jumbo.HEADROOM
+        advice = f"packets above {room} bytes don't fit a frame: frame_size = {largest} in [rings]"
+        return Finding("MTU", "warn", f"{mtu}", advice)
+    if refusal := jumbo.kernel_refusal():
+        advice = f"ip link set dev {name} mtu 1500: what fits no frame can't be steered ({refusal})"
+        return Finding("MTU", "warn", f"{mtu}", advice)
+    features = xdp_features(socket.if_nametoindex(name)) or 0
+    if features & XDP_FEATURES["basic"] and not features & XDP_FEATURES["multi-buffer"]:
+        advice = f"ip link set dev {name} mtu 1500, or generic mode: the driver takes no such packets"
+        return Finding("MTU", "warn", f"{mtu}", advice)
+    return Finding("MTU", "ok", f"{mtu}, jumbo frames: packets may come in several frames")
 
 
 def _features(name: str, driver: str) -> Iterator[Finding]:
@@ -161,9 +172,11 @@ def _ethtool(name: str) -> Iterator[Finding]:
     from pyroute2.ethtool import Ethtool
     from pyroute2.ethtool.ioctl import NotSupportedError
 
+    queues = 1
     with Ethtool() as tool:
         try:
             channels = tool.get_channels(name)
+            queues = (channels.combined_count or 0) + (channels.rx_count or 0) or 1
             yield _queues(name, channels)
         except NotSupportedError:
             yield Finding("queues", "ok", "one (the driver has no channels to set)")
@@ -174,8 +187,14 @@ def _ethtool(name: str) -> Iterator[Finding]:
         if rings is not None and rings.rx and rings.rx_max and rings.rx < rings.rx_max:
             advice = f"ethtool -G {name} rx {rings.rx_max}: bursts that don't fit are lost before the program"
             yield Finding("receive ring", "warn", f"{rings.rx} of {rings.rx_max}", advice)
+        try:
+            coalescing = tool.get_coalesce(name)
+        except NotSupportedError:
+            coalescing = None
         features = tool.get_features(name).features
-    yield from _offloads(name, {word for word, feature in features.items() if feature.enable})
+    on = {word for word, feature in features.items() if feature.enable}
+    yield from _offloads(name, on)
+    yield from probe_tuning(name, queues, on, coalescing)
 
 
 def _offloads(name: str, on: set[str]) -> Iterator[Finding]:

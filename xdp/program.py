@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The steer program, loaded: its maps, its policy, its counters.
 
-There is one way to load: bcc compiles and makes the maps, libbpf loads the
+There is one way to load: bcc compiles, libbpf makes the maps and loads the
 bytecode with the attach type that links ask for.  A newer version of the program
 is loaded onto the maps of the running one (:meth:`SteerProgram.successor`), so
 that a link can switch over while traffic flows, with peers, counters and sockets
@@ -13,15 +13,15 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from xdp._libbpf import ffi, lib
+from xdp.bytecode import with_constants
 from xdp.compile import compile_program
 from xdp.counters import Counters, parse_counters
-from xdp.errors import PermissionsError, SluiceError, VerifierError
+from xdp.errors import PermissionsError, SluiceError, UnsupportedError, VerifierError
 from xdp.maps import BpfMap
 from xdp.policy_maps import PolicyMaps
 from xdp.tables import Tables
@@ -34,10 +34,11 @@ LICENSE = b"Dual BSD/GPL"
 #: The verifier's log at level 1 for this program is below 8 MiB; it grows with failures.
 LOG_BYTES = 32 << 20
 
-# struct bpf_insn: BPF_LD | BPF_IMM | BPF_DW, whose source register says that imm is a map's descriptor.
-_LOAD_IMMEDIATE_64 = 0x18
-_PSEUDO_MAP_FD = 1
-_INSTRUCTION = struct.Struct("<BBhi")
+_INSTRUCTION_SIZE = 8  # struct bpf_insn
+_ATTACH_TYPES = {
+    lib.BPF_PROG_TYPE_XDP: lib.BPF_XDP,
+    lib.BPF_PROG_TYPE_SK_REUSEPORT: lib.BPF_SK_REUSEPORT_SELECT,
+}
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ def load_bytecode(
 ) -> int:
     """Load through libbpf; returns the descriptor.  Raises VerifierError with the verifier's log."""
     data = ffi.from_buffer("char[]", instructions)
-    count = len(instructions) // _INSTRUCTION.size
-    attach_type = lib.BPF_XDP if program_type == lib.BPF_PROG_TYPE_XDP else 0
+    count = len(instructions) // _INSTRUCTION_SIZE
+    attach_type = _ATTACH_TYPES.get(program_type, 0)
 
     def load(log: Any, size: int, level: int) -> int:
         return lib.sluice_prog_load(
@@ -84,23 +85,17 @@ def load_bytecode(
     )
 
 
-def with_maps(instructions: bytes, descriptors: dict[int, int]) -> bytes:
-    """The same bytecode with other map descriptors in its load instructions."""
-    changed = bytearray(instructions)
-    for offset in range(0, len(changed), _INSTRUCTION.size):
-        opcode, registers, jump, immediate = _INSTRUCTION.unpack_from(changed, offset)
-        if opcode == _LOAD_IMMEDIATE_64 and registers >> 4 == _PSEUDO_MAP_FD:
-            _INSTRUCTION.pack_into(changed, offset, opcode, registers, jump, descriptors[immediate])
-    return bytes(changed)
-
-
 class SteerProgram:
     """A loaded steer program.  Close it when it is no longer needed; a link keeps its own hold."""
 
-    def __init__(self, fd: int, maps: dict[str, BpfMap], cookie: int, salt: int) -> None:
+    def __init__(
+        self, fd: int, maps: dict[str, BpfMap], cookie: int, salt: int, *, frags: bool = False
+    ) -> None:
         self.fd = fd
         self.maps = maps
         self.cookie = cookie
+        #: Takes packets in several buffers (BPF_F_XDP_HAS_FRAGS): jumbo frames.
+        self.frags = frags
         self._salt = salt
         info = ffi.new("struct sluice_prog_info *")
         result = lib.sluice_prog_info(fd, info)
@@ -110,50 +105,54 @@ class SteerProgram:
         self.policy_maps = PolicyMaps(maps)
 
     @classmethod
-    def load(cls, *, defines: Sequence[str] = ()) -> SteerProgram:
-        """Compile and load with maps of its own.  Until a policy is swapped in it passes everything."""
+    def load(cls, *, defines: Sequence[str] = (), frags: bool = False) -> SteerProgram:
+        """Compile and load with maps of its own.  Until a policy is swapped in it passes everything.
+
+        With ``frags`` it takes packets in several buffers, as drivers with an MTU above a page make
+        them; where it is attached, and what follows it there, stays of that sort.
+        """
         # 31 bits: zero marks frames that never carried metadata
-        return cls._load(secrets.randbits(31) | 1, secrets.randbits(64), None, defines)
+        return cls._load(secrets.randbits(31) | 1, secrets.randbits(64), None, defines, frags=frags)
 
     def successor(self, *, defines: Sequence[str] = ()) -> SteerProgram:
         """The program compiled anew, on this one's maps; ``link.update`` then switches over."""
-        return self._load(self.cookie, self._salt, self.maps, defines)
+        return self._load(self.cookie, self._salt, self.maps, defines, frags=self.frags)
 
     @classmethod
     def _load(
-        cls, cookie: int, salt: int, existing: dict[str, BpfMap] | None, defines: Sequence[str]
+        cls,
+        cookie: int,
+        salt: int,
+        existing: dict[str, BpfMap] | None,
+        defines: Sequence[str],
+        *,
+        frags: bool,
     ) -> SteerProgram:
         compiled = compile_program(
             "steer.bpf.c",
             "sluice_steer",
             defines=(
                 f"SLUICE_CPUS={lib.sluice_possible_cpus()}",
-                f"SLUICE_COOKIE={cookie}",
-                f"SLUICE_SALT={salt}ULL",
+                *(["SLUICE_FRAGS=1"] if frags else []),
                 *defines,
             ),
         )
-        instructions = compiled.instructions
-        maps: dict[str, BpfMap] = {}
+        if existing is not None and not compiled.fits(existing):
+            raise SluiceError(
+                "the running program's maps have another layout than this version's",
+                hint="stop and start it (`sluice down`, `sluice up`): its counters begin anew",
+            )
+        maps = compiled.make_maps() if existing is None else _held(existing)
         try:
-            for name, descriptor in compiled.maps.items():
-                maps[name] = BpfMap(os.dup(descriptor))
-            if existing is not None:
-                _check_same_layout(maps, existing)
-                instructions = with_maps(
-                    instructions, {fd: existing[name].fd for name, fd in compiled.maps.items()}
-                )
-                for name, old in existing.items():
-                    maps[name].close()
-                    maps[name] = BpfMap(os.dup(old.fd))
-            fd = load_bytecode(PROGRAM_NAME, instructions)
+            instructions = with_constants(
+                compiled.on(maps), {lib.SLUICE_MARK_COOKIE: cookie, lib.SLUICE_MARK_SALT: salt}
+            )
+            fd = load_bytecode(PROGRAM_NAME, instructions, flags=lib.BPF_F_XDP_HAS_FRAGS if frags else 0)
         except BaseException:
             for opened in maps.values():
                 opened.close()
             raise
-        finally:
-            compiled.module.cleanup()
-        return cls(fd, maps, cookie, salt)
+        return cls(fd, maps, cookie, salt, frags=frags)
 
     def swap(self, tables: Tables) -> int:
         """Put a policy in force while traffic flows; returns its generation.
@@ -189,6 +188,12 @@ class SteerProgram:
         """All CPUs' counters; see :class:`xdp.counters.Counters`."""
         return parse_counters(b"".join(value for _, value in sorted(self.maps["counters"].items())))
 
+    def close_counters_to_writes(self) -> None:
+        """Applications get the counters' descriptor: they may map it, but nobody may write to it."""
+        result = lib.sluice_map_freeze(self.maps["counters"].fd)
+        if result < 0:
+            raise UnsupportedError.from_errno("freezing the counters", -result, hint="it needs Linux 5.2")
+
     def close(self) -> None:
         """Give up this process's descriptors; idempotent."""
         if self.fd >= 0:
@@ -204,15 +209,5 @@ class SteerProgram:
         self.close()
 
 
-def _check_same_layout(fresh: dict[str, BpfMap], existing: dict[str, BpfMap]) -> None:
-    def layout(maps: dict[str, BpfMap]) -> dict[str, tuple[int, ...]]:
-        return {
-            name: (m.info.type, m.info.key_size, m.info.value_size, m.info.max_entries)
-            for name, m in maps.items()
-        }
-
-    if layout(fresh) != layout(existing):
-        raise SluiceError(
-            "the running program's maps have another layout than this version's",
-            hint="stop and start it (`sluice down`, `sluice up`): its counters begin anew",
-        )
+def _held(maps: dict[str, BpfMap]) -> dict[str, BpfMap]:
+    return {name: BpfMap(os.dup(one.fd)) for name, one in maps.items()}

@@ -16,16 +16,22 @@ import struct
 from array import array
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
-from typing import Any
+from typing import Any, Final
 
 from xdp import policy_model as model
 from xdp._libbpf import ffi, lib
 from xdp.abi import pack_address
+from xdp.errors import UsageError
 from xdp.policy import Policy
 
 CData = Any
 
 _SECOND = 1_000_000_000  # ns
+
+#: Of a hold, packets/s.  Intervals are whole nanoseconds: here it is 100, and rounding takes 1 % at most.
+MAX_HOLD_RATE: Final = 10_000_000
+#: Packets at once: what the fastest interface delivers in some milliseconds.
+MAX_HOLD_BURST: Final = 1_000_000
 
 _ACTION_NUMBERS = {
     "lane": lib.SLUICE_ACTION_LANE,
@@ -107,6 +113,27 @@ def limit_ns(rate: int | None, burst: int | None) -> tuple[int, int]:
         return 0, 0
     interval = -(-_SECOND // rate)
     return interval, (burst - 1) * interval
+
+
+def check_times(until_ns: int, now_ns: int) -> None:
+    """Raises UsageError for what is no time of a monotonic clock in nanoseconds."""
+    for what, value in (("end", until_ns), ("time", now_ns)):
+        if type(value) is not int or not 0 <= value < 1 << 63:
+            raise UsageError(f"{what} of a hold: {value!r}; allowed: nanoseconds from 0 to 2^63 - 1")
+
+
+def hold_limit(packets_per_second: int, burst: int) -> tuple[int, int]:
+    """``interval_ns`` and ``burst`` of ``struct sluice_hold``; the interval is rounded up, as all are.
+
+    Raises UsageError for what is out of range.
+    """
+    for what, value, most in (
+        ("rate", packets_per_second, MAX_HOLD_RATE),
+        ("burst", burst, MAX_HOLD_BURST),
+    ):
+        if type(value) is not int or not 1 <= value <= most:
+            raise UsageError(f"{what} of a hold: {value!r}; allowed: a whole number from 1 to {most:,}")
+    return -(-_SECOND // packets_per_second), burst - 1
 
 
 def _set_limit(limit: CData, rate: int | None, burst: int | None) -> None:

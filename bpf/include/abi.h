@@ -30,6 +30,10 @@
 
 #define SLUICE_ABI_VERSION 1
 
+/* What stands in compiled code for numbers that the loader draws; see constant.h. */
+#define SLUICE_MARK_COOKIE 0x5c1de7c00c1e0001ULL
+#define SLUICE_MARK_SALT 0x5c1de75a17000002ULL
+
 #define SLUICE_BANKS 2
 #define SLUICE_MAX_LANES 8     /* lane 0 has the highest priority */
 #define SLUICE_MAX_SERVICES 32 /* service 0: not ours */
@@ -37,14 +41,19 @@
 #define SLUICE_MAX_KINDS 8     /* kind 0: no pattern matched */
 #define SLUICE_MAX_PATTERNS 16 /* patterns of one service */
 #define SLUICE_MAX_QUEUES 64
+#define SLUICE_MAX_WORKERS 64       /* processes that share the ports of kernel sockets */
 #define SLUICE_MAX_STRANGERS 65536  /* so many unknown remote addresses are remembered */
-#define SLUICE_MAX_KNOWN 131072     /* configured peers */
+#define SLUICE_MAX_KNOWN 131072     /* configured peers; their numbers are 1 to this */
 #define SLUICE_MAX_PREFIXES 262144  /* per bank, both families */
 #define SLUICE_PREFIX_BUCKETS 16384 /* limits of stranger prefixes, a power of 2 */
 #define SLUICE_PORTS 65536
 
 /* 2^20 bits: with 10,000 configured peers one stranger in 100 is looked up in vain. */
 #define SLUICE_FILTER_WORDS 16384
+
+/* Configured peers whose marks share a cache line. */
+#define SLUICE_HOLD_MARKS 64
+#define SLUICE_HOLD_LINES 2048 /* SLUICE_MAX_KNOWN / SLUICE_HOLD_MARKS */
 
 /* Twice as many entries as strangers, for their places are chosen by chance. */
 #define SLUICE_STRANGER_SETS 8192 /* a power of 2 */
@@ -79,20 +88,21 @@ enum sluice_reason {
 	SLUICE_DROP_FRAGMENT = 13,  /* UDP fragment, policy says drop */
 	SLUICE_DROP_DENIED = 14,    /* the peer's class is denied */
 	SLUICE_DROP_POLICY = 15,    /* the rule says drop */
-	SLUICE_DROP_PEER_LIMIT = 16,
-	SLUICE_DROP_PREFIX_LIMIT = 17,
-	SLUICE_DROP_LANE_LIMIT = 18,
-	SLUICE_STEER = 19,         /* given to the lane's AF_XDP socket */
-	SLUICE_STEER_DEMOTED = 20, /* the same, in a lower lane */
-	SLUICE_PASS_DEMOTED = 21,  /* lower lane, which ends in the kernel */
-	SLUICE_REPLY = 22,         /* heartbeat answered here */
-	SLUICE_REASONS = 23
+	SLUICE_DROP_HELD = 16,      /* the peer is held at a rate, and over it */
+	SLUICE_DROP_PEER_LIMIT = 17,
+	SLUICE_DROP_PREFIX_LIMIT = 18,
+	SLUICE_DROP_LANE_LIMIT = 19,
+	SLUICE_STEER = 20,         /* given to the lane's socket */
+	SLUICE_STEER_DEMOTED = 21, /* the same, in a lower lane */
+	SLUICE_PASS_DEMOTED = 22,  /* lower lane, which ends in the kernel */
+	SLUICE_REPLY = 23,         /* heartbeat answered here */
+	SLUICE_REASONS = 24
 };
 
 /* One row per lane and one for packets that no lane was chosen for. */
 #define SLUICE_COUNTER_ROWS 9    /* SLUICE_MAX_LANES + 1 */
 #define SLUICE_NO_LANE 8         /* the last row */
-#define SLUICE_VERDICTS_SIZE 207 /* SLUICE_COUNTER_ROWS * SLUICE_REASONS */
+#define SLUICE_VERDICTS_SIZE 216 /* SLUICE_COUNTER_ROWS * SLUICE_REASONS */
 
 enum sluice_action {
 	SLUICE_ACTION_PASS = 0, /* zero, so that no rule means pass */
@@ -237,6 +247,32 @@ struct sluice_known {
 };
 
 /*
+ * A configured peer held at a rate of its own, on top of what the policy says, until a
+ * time: who set it may die and nobody is held for ever.
+ *
+ * map "peer_holds", array[SLUICE_MAX_KNOWN], can be mapped: number - 1.  Not in "known": user
+ * space can only replace an element of a hash as a whole, and what the program counts in
+ * between would be lost.  Here it stores into the mapped memory: interval_ns and burst are one
+ * aligned 64-bit word, until_ns is another, and any old one goes with any new one.  The
+ * rest is the program's.
+ */
+struct sluice_hold {
+	__u32 interval_ns; /* 0: no limit */
+	__u32 burst;       /* packets at once, beyond the first */
+	__u64 until_ns;    /* CLOCK_MONOTONIC: in force before that */
+	__u64 tat_ns;      /* GCRA, theoretical arrival time */
+	__u64 drops;       /* over it, since the hold began */
+};
+
+/*
+ * map "hold_marks", array[SLUICE_HOLD_LINES], can be mapped: a byte for each configured peer,
+ * so that those who are not held need not be looked up in "peer_holds".
+ */
+struct sluice_hold_marks {
+	__u8 held[SLUICE_HOLD_MARKS]; /* 0: not held; (number - 1) % SLUICE_HOLD_MARKS */
+};
+
+/*
  * maps "strangers", array[SLUICE_STRANGER_ENTRIES], and "strangers_away", the
  * same of struct sluice_away, both can be mapped: way * SLUICE_STRANGER_SETS + set.
  * An address of zeros: nobody is here.  bpf/include/strangers.h says who is where.
@@ -292,7 +328,25 @@ struct sluice_counters {
 	__u64 strangers_refused; /* another CPU was adding to the same set; counted, but for no peer */
 	__u64 metadata_refused; /* driver without room for metadata */
 	__u64 limit_contended;  /* compare-and-swap lost too often, treated as over */
-	__u64 reserved[4];
+	__u64 worker_gone;      /* select program: given to another worker of the lane */
+	__u64 reserved[1];
+};
+
+/*
+ * map "selection", array[1], of the select program (bpf/select.bpf.c).  Its sockets are
+ * in a BPF_MAP_TYPE_REUSEPORT_SOCKARRAY of groups * (MAX_LANES * workers + 1) places:
+ *   (group * SLUICE_MAX_LANES + lane) * workers + worker
+ *   groups * SLUICE_MAX_LANES * workers + group: the group's drain
+ */
+struct sluice_selection {
+	__u32 groups; /* sockets bound to one port and family, each an SO_REUSEPORT group */
+	__u32 workers;
+};
+
+/* map "groups", array[SLUICE_PORTS]: the group that a port's datagrams find, plus 1; 0: none */
+struct sluice_group {
+	__u16 ipv4;
+	__u16 ipv6;
 };
 
 /*
@@ -312,13 +366,19 @@ struct sluice_meta {
 };
 
 /*
- * Heartbeat: the whole UDP payload of a probe and of its reply, network order
- * where it matters to others (magic); the rest is the sender's own and comes
- * back unchanged.  A reply differs in type alone and is never answered.
+ * Heartbeat: the whole UDP payload, network order where it matters to others
+ * (magic); the rest is the sender's own and comes back unchanged.
+ *
+ * The kernel program answers type 1, and nothing else, with type 2.  Applications
+ * answer type 3 with type 4 (userspace/connection/heartbeat.py), which tells a dead
+ * host from a busy application.  An answer is as long as what it answers and is
+ * never answered.
  */
 #define SLUICE_HEARTBEAT_MAGIC 0x534c4842 /* "SLHB" */
 #define SLUICE_HEARTBEAT_PROBE 1
 #define SLUICE_HEARTBEAT_REPLY 2
+#define SLUICE_HEARTBEAT_PING 3
+#define SLUICE_HEARTBEAT_PONG 4
 
 struct sluice_heartbeat {
 	__u32 magic;
@@ -327,6 +387,16 @@ struct sluice_heartbeat {
 	__u64 sequence;
 	__u64 time_ns;
 	__u64 cookie; /* the sender's: makes blind replies useless */
+};
+
+/* Types 3 and 4, network order throughout; magic, type, sequence and cookie as above. */
+struct sluice_ping {
+	__u32 magic;
+	__u8 type;
+	__u8 held_us[3]; /* pong: for so long the application had the ping, at most all ones */
+	__u64 sequence;
+	__u64 boot; /* pong: another one after each start of the application; ping: 0 */
+	__u64 cookie;
 };
 
 #endif /* SLUICE_ABI_H */

@@ -9,7 +9,8 @@
 #define SLUICE_LIMIT_H
 
 #include "abi.h"
-#include "parse.h"
+#include "constant.h"
+#include "packet.h"
 
 /*
  * Lost races before a packet is taken to be over its limit: a limit errs on

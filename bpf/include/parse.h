@@ -7,6 +7,10 @@
  * reason to pass.  Nothing is read before its bounds are checked against the
  * frame, and nothing beyond the length that the IP header announces (Ethernet
  * padding is not payload).
+ *
+ * With SLUICE_FRAGS a packet may lie in several buffers, of which only the first
+ * can be read through pointers.  Headers are looked for there (drivers put at
+ * least the headers into it); lengths are compared with the whole packet.
  */
 #ifndef SLUICE_PARSE_H
 #define SLUICE_PARSE_H
@@ -17,6 +21,7 @@
 #include <uapi/linux/ipv6.h>
 #include <uapi/linux/udp.h>
 #include "abi.h"
+#include "packet.h"
 
 /* The packet goes on; any other value is an enum sluice_reason. */
 #define PARSE_UDP (-1)
@@ -35,28 +40,12 @@
  */
 struct frame {
 	void *data;
-	void *end;
+	void *end;  /* of what pointers reach */
+	u32 length; /* of the whole packet, bytes; end - data without SLUICE_FRAGS */
+#ifdef SLUICE_FRAGS
+	struct xdp_md *context; /* leads to the other buffers */
+#endif
 };
-
-/*
- * What parsing found.  It lives in a map ("scratch", one entry per CPU), not on
- * the stack: the verifier forgets what it knew about a number that has been
- * stored in a map, so all the ways through the parser continue as one.  On the
- * stack each would be followed to the end of the program by itself, and the
- * program would be refused as too complex.
- */
-struct packet {
-	struct sluice_address source;
-	u16 ip_offset; /* offsets are from the start of the frame */
-	u16 payload_offset;
-	u16 payload_length;
-	u16 destination_port; /* host order */
-	u8 version;           /* 4 or 6 */
-	u8 plain;             /* neither IP options nor extension headers */
-	u8 reserved[38];      /* to a cache line: CPUs share none */
-};
-
-BPF_TABLE("array", u32, struct packet, scratch, SLUICE_CPUS);
 
 /*
  * All headers together are below 17,000 bytes, patterns reach at most 9,000
@@ -68,6 +57,17 @@ BPF_TABLE("array", u32, struct packet, scratch, SLUICE_CPUS);
 static __always_inline void *frame_at(const struct frame *frame, u32 offset)
 {
 	return frame->data + (offset & FRAME_REACH_MASK);
+}
+
+/* Whether the packet has fewer than count bytes from cursor on. */
+static __always_inline int frame_ends_before(const struct frame *frame, const void *cursor,
+					     u32 count)
+{
+#ifdef SLUICE_FRAGS
+	return (u32)(cursor - frame->data) + count > frame->length;
+#else
+	return cursor + count > frame->end;
+#endif
 }
 
 struct vlan_tag {
@@ -119,7 +119,7 @@ static __always_inline void parse_ipv4(const struct frame *frame, struct packet 
 	if (total < header)
 		return;
 	payload->reason = SLUICE_PASS_TRUNCATED;
-	if (cursor + total > frame->end)
+	if (frame_ends_before(frame, cursor, total))
 		return;
 	payload->reason = SLUICE_PASS_NOT_UDP;
 	if (ip->protocol != IPPROTO_UDP)
@@ -157,7 +157,7 @@ static __always_inline void parse_ipv6(const struct frame *frame, struct packet 
 	payload->reason = SLUICE_PASS_TRUNCATED;
 	left = bpf_ntohs(ip->payload_len);
 	cursor = ip + 1;
-	if (cursor + left > frame->end)
+	if (frame_ends_before(frame, cursor, left))
 		return;
 	packet->version = 6;
 	packet->plain = ip->nexthdr == IPPROTO_UDP;
@@ -169,6 +169,9 @@ static __always_inline void parse_ipv6(const struct frame *frame, struct packet 
 		if (next != IPPROTO_HOPOPTS && next != IPPROTO_ROUTING && next != IPPROTO_DSTOPTS &&
 		    next != IPPROTO_FRAGMENT)
 			break;
+		/* Through the map, so that all the ways to here continue as one (packet.h). */
+		*(volatile u16 *)&packet->payload_offset = cursor - frame->data;
+		cursor = frame_at(frame, *(volatile u16 *)&packet->payload_offset);
 		/* all four are at least 8 bytes long */
 		if (left < 8 || cursor + 8 > frame->end)
 			return;
@@ -282,6 +285,60 @@ static __always_inline int is_impossible_source(const struct packet *packet)
 		return 0;
 	/* ::, ::1 and IPv4-mapped */
 	return word[2] == bpf_htonl(0xffff) || (!word[2] && (!word[3] || word[3] == bpf_htonl(1)));
+}
+
+#ifdef SLUICE_FRAGS
+/* As read_payload() below, for bytes that lie (partly) in a later buffer of the packet. */
+static __always_inline int load_payload(const struct frame *frame, u32 offset, u32 width,
+					u64 *value)
+{
+	__be64 number = 0;
+
+	/* 1 to 8: the policy sees to it; the verifier has to see it, too */
+	asm volatile("" : "+r"(width));
+	width = ((width - 1) & 7) + 1;
+	if (bpf_xdp_load_bytes(frame->context, offset & FRAME_REACH_MASK, &number, width))
+		return 0;
+	*value = __be64_to_cpu(number) >> (64 - width * 8);
+	return 1;
+}
+#endif
+
+/* Reads width bytes in network order; 0 where the payload is too short. */
+static __always_inline int read_payload(const struct frame *frame, const struct packet *packet,
+					u32 offset, u32 width, u64 *value)
+{
+	void *at = frame_at(frame, packet->payload_offset + offset);
+
+	if (offset + width > packet->payload_length)
+		return 0;
+#ifdef SLUICE_FRAGS
+	if (packet->payload_offset + offset + width > (u32)(frame->end - frame->data))
+		return load_payload(frame, packet->payload_offset + offset, width, value);
+#endif
+	switch (width) {
+	case 1:
+		if (at + 1 > frame->end)
+			return 0;
+		*value = *(u8 *)at;
+		return 1;
+	case 2:
+		if (at + 2 > frame->end)
+			return 0;
+		*value = bpf_ntohs(*(__be16 *)at);
+		return 1;
+	case 4:
+		if (at + 4 > frame->end)
+			return 0;
+		*value = bpf_ntohl(*(__be32 *)at);
+		return 1;
+	case 8:
+		if (at + 8 > frame->end)
+			return 0;
+		*value = __be64_to_cpu(*(__be64 *)at);
+		return 1;
+	}
+	return 0;
 }
 
 #endif /* SLUICE_PARSE_H */

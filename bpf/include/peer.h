@@ -39,11 +39,16 @@ static __always_inline int peer_may_be_known(const struct sluice_address *addres
 
 struct found {
 	struct sluice_peer *peer; /* NULL: a stranger, not remembered */
-	struct sluice_away *away; /* NULL: a stranger's, under .. */
+	/* Of 64 bits: next to index the verifier would forget that a stranger's is 0. */
+	u64 id; /* configured peer's number, 0: stranger */
 	u32 index;
-	u32 id;      /* configured peer's number, 0: stranger */
-	int at_home; /* this CPU counts without a lock */
 };
+
+/* Of a configured peer. */
+static __always_inline struct sluice_away *known_away(const struct found *found)
+{
+	return &((struct sluice_known *)found->peer)->away;
+}
 
 static __always_inline void peer_find(struct found *found, struct sluice_address *address, u32 bank,
 				      u32 cpu, u64 now, struct sluice_counters *row)
@@ -54,7 +59,6 @@ static __always_inline void peer_find(struct found *found, struct sluice_address
 		configured = known.lookup(address);
 		if (configured) {
 			found->peer = &configured->peer;
-			found->away = &configured->away;
 			found->id = configured->id;
 			return;
 		}
@@ -92,67 +96,65 @@ union stamp {
  * until all that this CPU has written before (the previous packet's copy into
  * its frame) is out of its store buffer: 10 ns and more.
  */
-static __always_inline u32 peer_class(struct found *found, struct sluice_address *address,
-				      u64 generation, u32 bank, u32 cpu)
+static __always_inline u32 peer_class(struct found *found, struct packet *packet, u64 generation,
+				      u32 bank, u32 cpu)
 {
 	union stamp seen, wanted;
 	u64 *word;
 
 	if (!found->peer)
-		return prefix_class(address, bank);
+		return prefix_class(&packet->source, bank);
 	word = (u64 *)&found->peer->generation;
 	seen.word = *(volatile u64 *)word;
 	if (seen.generation == (u32)generation && seen.home) {
-		found->at_home = seen.home == cpu + 1;
+		packet->at_home = seen.home == cpu + 1;
 		return seen.class_id;
 	}
 	wanted.generation = generation;
 	wanted.home = seen.home ? seen.home : cpu + 1;
-	wanted.class_id = prefix_class(address, bank);
+	wanted.class_id = prefix_class(&packet->source, bank);
 	wanted.shared = seen.shared;
 	/* Who loses the race has its class all the same; the home is the winner's choice. */
 	seen.word = __sync_val_compare_and_swap(word, seen.word, wanted.word);
-	found->at_home = (seen.home ? seen.home : wanted.home) == cpu + 1;
+	packet->at_home = (seen.home ? seen.home : wanted.home) == cpu + 1;
 	return wanted.class_id;
 }
 
-static __always_inline struct sluice_away *peer_away(const struct found *found,
-						     struct sluice_counters *row)
-{
-	if (found->away)
-		return found->away;
-	return stranger_away(found->peer, found->index, row);
-}
-
-static __always_inline void peer_count(struct found *found, u64 now, u32 bytes,
-				       struct sluice_counters *row)
+static __always_inline void peer_count(const struct found *found, const struct packet *packet,
+				       u64 now, u32 bytes, struct sluice_counters *row)
 {
 	struct sluice_peer *peer = found->peer;
+	struct sluice_away *away;
 
 	if (!peer)
 		return;
 	peer->last_seen_ns = now;
-	if (found->at_home) {
+	if (*(volatile u8 *)&packet->at_home) {
 		peer->packets++;
 		peer->bytes += bytes;
 		return;
 	}
-	found->away = peer_away(found, row);
-	if (found->away) {
-		__sync_fetch_and_add(&found->away->packets, 1);
-		__sync_fetch_and_add(&found->away->bytes, bytes);
+	away = found->id ? known_away(found) : stranger_away(peer, found->index, row);
+	if (away) {
+		__sync_fetch_and_add(&away->packets, 1);
+		__sync_fetch_and_add(&away->bytes, bytes);
 	}
 }
 
 /* After peer_count(). */
-static __always_inline void peer_count_drop(const struct found *found)
+static __always_inline void peer_count_drop(const struct found *found, const struct packet *packet)
 {
+	struct sluice_away *away;
+
 	if (!found->peer)
 		return;
-	if (found->at_home)
+	if (*(volatile u8 *)&packet->at_home) {
 		found->peer->drops++;
-	else if (found->away)
-		__sync_fetch_and_add(&found->away->drops, 1);
+		return;
+	}
+	away = found->id ? known_away(found) : stranger_counted_away(found->peer, found->index);
+	if (away)
+		__sync_fetch_and_add(&away->drops, 1);
 }
 
 #endif /* SLUICE_PEER_H */

@@ -3,12 +3,15 @@
  * What the operator wants: ports -> service, payload -> kind, and
  * service x class x kind -> rule.  Everything is looked up in the bank of the
  * generation that was read at the packet's start.
+ *
+ * struct frame and read_payload() are those of the kind of program: parse.h has
+ * them for frames, datagram.h for what a socket gets.  One of them comes first.
  */
 #ifndef SLUICE_POLICY_H
 #define SLUICE_POLICY_H
 
 #include "abi.h"
-#include "parse.h"
+#include "packet.h"
 
 BPF_TABLE("array", u32, struct sluice_generation, generation, 1);
 BPF_TABLE("array", u32, struct sluice_policy, policies, SLUICE_BANKS);
@@ -21,39 +24,6 @@ static __always_inline struct sluice_port *policy_port(u32 bank, u16 port)
 	u32 index = bank * SLUICE_PORTS + port;
 
 	return ports.lookup(&index);
-}
-
-/* Reads width bytes in network order; 0 where the frame is too short. */
-static __always_inline int read_payload(const struct frame *frame, const struct packet *packet,
-					u32 offset, u32 width, u64 *value)
-{
-	void *at = frame_at(frame, packet->payload_offset + offset);
-
-	if (offset + width > packet->payload_length)
-		return 0;
-	switch (width) {
-	case 1:
-		if (at + 1 > frame->end)
-			return 0;
-		*value = *(u8 *)at;
-		return 1;
-	case 2:
-		if (at + 2 > frame->end)
-			return 0;
-		*value = bpf_ntohs(*(__be16 *)at);
-		return 1;
-	case 4:
-		if (at + 4 > frame->end)
-			return 0;
-		*value = bpf_ntohl(*(__be32 *)at);
-		return 1;
-	case 8:
-		if (at + 8 > frame->end)
-			return 0;
-		*value = __be64_to_cpu(*(__be64 *)at);
-		return 1;
-	}
-	return 0;
 }
 
 /* The kind of the first pattern that matches, 0 for none. */

@@ -30,6 +30,7 @@
 #define SLUICE_STRANGERS_H
 
 #include "abi.h"
+#include "constant.h"
 
 /* Odd 64-bit constants of MurmurHash3's finaliser. */
 #define STRANGER_FIRST 0xff51afd7ed558ccdULL
@@ -43,7 +44,7 @@
 #define STRANGER_CANDIDATES 4
 
 /* Looks at a turn that another CPU has, some ns each, before a packet goes uncounted. */
-#define STRANGER_ATTEMPTS 128
+#define STRANGER_ATTEMPTS 64
 
 /* Mapped memory begins on a page, so that an entry and a set are one cache line each. */
 BPF_F_TABLE("array", u32, struct sluice_stranger, strangers, SLUICE_STRANGER_ENTRIES,
@@ -256,6 +257,13 @@ static __always_inline struct sluice_away *stranger_away(struct sluice_peer *pee
 	}
 	stranger_turn_end(turns);
 	return away;
+}
+
+/* The same again, where stranger_away() has found it; NULL where it has not. */
+static __always_inline struct sluice_away *stranger_counted_away(const struct sluice_peer *peer,
+								 u32 index)
+{
+	return *(volatile u8 *)&peer->shared ? strangers_away.lookup(&index) : NULL;
 }
 
 #endif /* SLUICE_STRANGERS_H */
