@@ -100,3 +100,33 @@ int sl_batch_gather(struct sl_batch *batch, uint32_t offset, uint32_t width)
 	}
 	return 0;
 }
+
+void sl_batch_copy(const struct sl_batch *batch, uint32_t count, uint8_t *to,
+		   const uint32_t *offsets, uint32_t room)
+{
+	uint32_t i;
+
+	for (i = 0; i < count; i++) {
+		uint32_t length = batch->lengths[i];
+
+		if (i + PREFETCH_AHEAD < count)
+			__builtin_prefetch(batch->data + batch->offsets[i + PREFETCH_AHEAD]);
+		memcpy(to + (offsets ? offsets[i] : (uint64_t)i * room),
+		       batch->data + batch->offsets[i], length < room ? length : room);
+	}
+}
+
+int sl_scatter(uint8_t *data, const uint32_t *offsets, uint32_t count, uint32_t offset,
+	       uint32_t width, const uint64_t *values)
+{
+	uint32_t i;
+
+	if (width == 0 || width > sizeof(uint64_t))
+		return -EINVAL;
+	for (i = 0; i < count; i++) {
+		uint64_t value = htobe64(values[i] << 8 * (sizeof(value) - width));
+
+		memcpy(data + offsets[i] + offset, &value, width);
+	}
+	return 0;
+}

@@ -37,7 +37,8 @@ struct sl_batch {
 	uint64_t received_ns; /* CLOCK_MONOTONIC of the receive call */
 	uint8_t columns_ready;
 	uint8_t sources_ready;
-	void *owner; /* the backend's: who filled it */
+	uint32_t chained; /* AF_XDP: packets in several frames */
+	void *owner;      /* the backend's: who filled it */
 
 	/*
 	 * Where all columns are, if they are in one piece, as sl_batch_new makes them;
@@ -53,7 +54,7 @@ struct sl_batch {
 	uint32_t *offsets;   /* of the payload in data */
 	uint32_t *lengths;   /* of the payload, bytes */
 	uint32_t *peers;     /* configured peer's number, 0: stranger */
-	uint32_t *sizes;     /* AF_XDP: whole frame, bytes; else free for the backend */
+	uint32_t *sizes;     /* AF_XDP: whole packet, bytes; else free for the backend */
 	struct sl_source *sources;
 	uint8_t *lanes;
 	uint8_t *kinds;
@@ -71,7 +72,28 @@ void sl_batch_free(struct sl_batch *batch);
  */
 int sl_batch_gather(struct sl_batch *batch, uint32_t offset, uint32_t width);
 
+/*
+ * Copies payload i to to + offsets[i], or, with offsets NULL, to to + i * room: at most room
+ * bytes of it, for payloads 0 to count - 1.
+ */
+void sl_batch_copy(const struct sl_batch *batch, uint32_t count, uint8_t *to,
+		   const uint32_t *offsets, uint32_t room);
+
+/*
+ * The other way round than gather: values[i] is written as width bytes (1 to 8) in network
+ * order at data + offsets[i] + offset.  0, or -EINVAL.
+ */
+int sl_scatter(uint8_t *data, const uint32_t *offsets, uint32_t count, uint32_t offset,
+	       uint32_t width, const uint64_t *values);
+
+/* A part of a payload that is put together from several. */
+struct sl_piece {
+	const uint8_t *base;
+	uint64_t length;
+};
+
 #define SL_BATCH_MAX 65536
+#define SL_PIECES_MAX 64 /* of one payload */
 
 /* cffi: end */
 

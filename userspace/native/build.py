@@ -28,6 +28,7 @@ ABI_HEADER = ROOT / "bpf" / "include" / "abi.h"
 PARTS = (
     "batch",
     "checksum",
+    "busy_poll",
     "tables",
     "classify",
     "mmsg",

@@ -5,6 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "limit.h"
+
 /* One byte hashed behind every address keeps the uses of one key apart; prefix lengths are 0..128. */
 #define TAG_PEER 129
 #define TAG_BUCKET 130
@@ -17,6 +19,7 @@
 struct known {
 	struct sl_words address;
 	struct sl_peer peer;
+	struct sluice_hold hold;
 	bool used;
 };
 
@@ -30,7 +33,8 @@ struct stranger {
 
 struct peer_ref {
 	struct sl_peer *peer;
-	struct stranger *stranger; /* NULL: a known peer */
+	struct stranger *stranger; /* NULL: a known peer .. */
+	struct sluice_hold *hold;  /* .. which may be held; NULL: a stranger */
 };
 
 struct sl_classifier {
@@ -168,9 +172,10 @@ int sl_classifier_swap(struct sl_classifier *c, struct sl_tables *tables)
 			struct known *before = known_slot(old, c->known_mask, h, a);
 			struct stranger *s = find_stranger(c, h, a);
 
-			if (before->used)
+			if (before->used) {
 				k->peer = before->peer;
-			else if (s)
+				k->hold = before->hold;
+			} else if (s)
 				k->peer = s->peer;
 		}
 		k->peer.id = tables->known_ids[i];
@@ -222,6 +227,18 @@ const struct sl_peer *sl_classifier_peer(struct sl_classifier *classifier,
 	return k->used ? &k->peer : s ? &s->peer : NULL;
 }
 
+int sl_classifier_hold(struct sl_classifier *c, const struct sluice_address *address,
+		       const struct sluice_hold *hold, uint64_t now_ns)
+{
+	struct sl_words a = sl_words_of(address);
+	struct known *k = known_slot(c->known, c->known_mask, sl_hash(c->tables, a, TAG_PEER), a);
+
+	if (!k->used)
+		return -ENOENT;
+	sl_hold_set(&k->hold, hold, now_ns);
+	return 0;
+}
+
 /* The entry of the source, made when it is new, with its class of this policy. */
 static struct peer_ref peer_of(struct sl_classifier *c, struct sl_words a, uint64_t now)
 {
@@ -239,8 +256,9 @@ static struct peer_ref peer_of(struct sl_classifier *c, struct sl_words a, uint6
 	}
 	h = sl_hash(t, a, TAG_PEER);
 	k = known_slot(c->known, c->known_mask, h, a);
-	ref = (struct peer_ref){ &k->peer, NULL };
+	ref = (struct peer_ref){ &k->peer, NULL, &k->hold };
 	if (!k->used) {
+		ref.hold = NULL;
 		ref.stranger = find_stranger(c, h, a);
 		if (ref.stranger) {
 			ref.stranger->referenced = true;
@@ -289,19 +307,6 @@ static uint8_t kind_of(const struct sl_tables *t, const struct sluice_port *port
 	return 0;
 }
 
-/* GCRA (ITU-T I.371, virtual scheduling): true and the timestamp moved, or false and untouched. */
-static bool conforms(__u64 *tat, const struct sluice_limit *limit, uint64_t now)
-{
-	uint64_t at = *tat > now ? *tat : now;
-
-	if (!limit->interval_ns)
-		return true;
-	if (at - now > limit->burst_ns)
-		return false;
-	*tat = at + limit->interval_ns;
-	return true;
-}
-
 static bool is_probe(const uint8_t *payload, uint32_t length)
 {
 	return length == sizeof(struct sluice_heartbeat) &&
@@ -324,14 +329,16 @@ static uint8_t limited(struct sl_classifier *c, const struct sluice_rule *rule, 
 	const struct sluice_lane *lanes = c->tables->policy.lane;
 	uint8_t over = SLUICE_OVER_DROP, to = rule->demote_lane, drop = 0;
 
-	if (!conforms(&ref.peer->tat_ns, &rule->peer, now))
+	if (ref.hold && sl_held_back(ref.hold, now))
+		return SLUICE_DROP_HELD;
+	if (!sl_conforms(&ref.peer->tat_ns, &rule->peer, now))
 		drop = SLUICE_DROP_PEER_LIMIT;
 	else if (ref.stranger &&
-		 !conforms(&c->prefix_tat[ref.stranger->bucket], &rule->prefix, now))
+		 !sl_conforms(&c->prefix_tat[ref.stranger->bucket], &rule->prefix, now))
 		drop = SLUICE_DROP_PREFIX_LIMIT;
 	if (drop) {
 		over = rule->over;
-	} else if (!conforms(&c->lane_tat[*lane], &lanes[*lane].limit, now)) {
+	} else if (!sl_conforms(&c->lane_tat[*lane], &lanes[*lane].limit, now)) {
 		drop = SLUICE_DROP_LANE_LIMIT;
 		over = lanes[*lane].over;
 		to = lanes[*lane].demote_lane;
@@ -344,7 +351,7 @@ static uint8_t limited(struct sl_classifier *c, const struct sluice_rule *rule, 
 	c->counters.demoted_from[*lane]++;
 	*lane = to;
 	c->counters.demoted_to[to]++;
-	if (!conforms(&c->lane_tat[to], &lanes[to].limit, now))
+	if (!sl_conforms(&c->lane_tat[to], &lanes[to].limit, now))
 		return SLUICE_DROP_LANE_LIMIT;
 	return lanes[to].end ? SLUICE_PASS_DEMOTED : SLUICE_STEER_DEMOTED;
 }
@@ -397,22 +404,76 @@ static void classify_one(struct sl_classifier *c, const struct sl_datagrams *d, 
 	ref.peer->last_seen_ns = now;
 }
 
+static void classify_and_count(struct sl_classifier *c, const struct sl_datagrams *d, uint32_t i,
+			       uint64_t now)
+{
+	struct sluice_count *verdict;
+
+	classify_one(c, d, i, now);
+	verdict = &c->counters.verdict[d->lane[i] * SLUICE_REASONS + d->reason[i]];
+	verdict->packets++;
+	verdict->bytes += d->length[i];
+	c->counters.seen.packets++;
+	c->counters.seen.bytes += d->length[i];
+}
+
 void sl_classify(struct sl_classifier *classifier, const struct sl_datagrams *datagrams, uint32_t n,
 		 uint64_t now_ns)
 {
-	struct sluice_counters *counters = &classifier->counters;
+	for (uint32_t i = 0; i < n; i++)
+		classify_and_count(classifier, datagrams, i, now_ns);
+}
 
-	for (uint32_t i = 0; i < n; i++) {
-		struct sluice_count *verdict;
+/* Whether a rule, with or without a limit's demotion, leads into that lane. */
+static bool leads_to(const struct sl_tables *t, const struct sluice_rule *rule, uint8_t lane)
+{
+	const struct sluice_lane *chosen = &t->policy.lane[rule->lane];
 
-		classify_one(classifier, datagrams, i, now_ns);
-		verdict = &counters->verdict[datagrams->lane[i] * SLUICE_REASONS +
-					     datagrams->reason[i]];
-		verdict->packets++;
-		verdict->bytes += datagrams->length[i];
-		counters->seen.packets++;
-		counters->seen.bytes += datagrams->length[i];
-	}
+	if (rule->action != SLUICE_ACTION_LANE && rule->action != SLUICE_ACTION_REPLY)
+		return false;
+	return rule->lane == lane ||
+	       (rule->over == SLUICE_OVER_DEMOTE && rule->demote_lane == lane) ||
+	       (chosen->over == SLUICE_OVER_DEMOTE && chosen->demote_lane == lane);
+}
+
+/* False: the policy would never have put it there. */
+static bool describe_one(struct sl_classifier *c, const struct sl_datagrams *d, uint32_t i,
+			 uint8_t lane, uint64_t now)
+{
+	const struct sl_tables *t = c->tables;
+	const struct sluice_port *port = &t->port[d->port[i]];
+	const uint8_t *payload = d->area + d->offset[i];
+	struct sl_words a = sl_words_of(&d->address[i]);
+	const struct sluice_rule *rule;
+	struct peer_ref ref;
+
+	if (!port->service || bad_source(a))
+		return false;
+	ref = peer_of(c, a, now);
+	d->service[i] = port->service;
+	d->peer[i] = ref.peer->id;
+	d->class_id[i] = ref.peer->class_id;
+	d->kind[i] = kind_of(t, port, payload, d->length[i]);
+	rule = &t->rule[(port->service * SLUICE_MAX_CLASSES + d->class_id[i]) * SLUICE_MAX_KINDS +
+			d->kind[i]];
+	if (!leads_to(t, rule, lane))
+		return false;
+	d->lane[i] = lane;
+	d->reason[i] = rule->action == SLUICE_ACTION_REPLY && is_probe(payload, d->length[i]) ?
+			       SLUICE_REPLY :
+			       SLUICE_STEER;
+	ref.peer->packets++;
+	ref.peer->bytes += d->length[i];
+	ref.peer->last_seen_ns = now;
+	return true;
+}
+
+void sl_describe(struct sl_classifier *classifier, const struct sl_datagrams *datagrams, uint32_t n,
+		 uint8_t lane, uint64_t now_ns)
+{
+	for (uint32_t i = 0; i < n; i++)
+		if (!describe_one(classifier, datagrams, i, lane, now_ns))
+			classify_and_count(classifier, datagrams, i, now_ns);
 }
 
 void sl_heartbeat_reply(uint8_t *payload)

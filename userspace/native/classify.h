@@ -80,6 +80,26 @@ int sl_classifier_swap(struct sl_classifier *classifier, struct sl_tables *table
 void sl_classify(struct sl_classifier *classifier, const struct sl_datagrams *datagrams, uint32_t n,
 		 uint64_t now_ns);
 
+/*
+ * For datagrams that the kernel program has decided about (bpf/select.bpf.c), all in lane:
+ * fills the columns, with the reason SLUICE_REPLY for a probe to be answered and SLUICE_STEER
+ * for the rest.  Limits were applied and verdicts counted there, so neither is done here;
+ * peers are counted, without what was dropped.
+ *
+ * What the policy leads into no such lane is classified as by sl_classify: the kernel has cut
+ * it out of a message (UDP_SEGMENT) of which the program saw the beginning, or the policy has
+ * changed in between.
+ */
+void sl_describe(struct sl_classifier *classifier, const struct sl_datagrams *datagrams, uint32_t n,
+		 uint8_t lane, uint64_t now_ns);
+
+/*
+ * Holds a configured peer as abi.h says of struct sluice_hold; interval_ns, burst and until_ns
+ * count, until_ns 0 ends it.  A hold that is in force at now_ns goes on with what it has let
+ * through.  0, or -ENOENT: no configured peer.
+ */
+int sl_classifier_hold(struct sl_classifier *classifier, const struct sluice_address *address,
+		       const struct sluice_hold *hold, uint64_t now_ns);
 /* Live, for reading only; rows and reasons as in abi.h. */
 const struct sluice_counters *sl_classifier_counters(const struct sl_classifier *classifier);
 /* The peer's entry or NULL; valid until the next call that takes the classifier. */

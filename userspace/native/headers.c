@@ -241,15 +241,13 @@ static void put_udp_checksum(uint8_t *field, uint64_t sum)
 	memcpy(field, &folded, sizeof(folded));
 }
 
-uint32_t sl_template_build(const struct sl_template *built, uint8_t *frame, const uint8_t *payload,
-			   uint32_t length, uint64_t payload_sum)
+/* What depends on the payload, in headers that stand in front of it; the length of it all. */
+static uint32_t finish(const struct sl_template *built, uint8_t *frame, uint32_t length,
+		       uint64_t payload_sum)
 {
 	uint8_t *ip = frame + built->ip, *udp = frame + built->udp;
 	uint16_t udp_length = UDP_SIZE + length, folded;
 
-	/* The whole array rather than .length bytes: a constant size is a few moves. */
-	memcpy(frame, built->header, SL_TEMPLATE_SIZE);
-	memcpy(frame + built->length, payload, length);
 	put16(udp + 4, udp_length);
 	if (built->family == 4) {
 		put16(ip + 2, IPV4_SIZE + udp_length);
@@ -262,6 +260,52 @@ uint32_t sl_template_build(const struct sl_template *built, uint8_t *frame, cons
 	put_udp_checksum(udp + 6,
 			 payload_sum + sl_sum(udp + 4, 2, sl_sum(udp + 4, 2, built->udp_sum)));
 	return built->length + length;
+}
+
+uint32_t sl_template_build(const struct sl_template *built, uint8_t *frame, const uint8_t *payload,
+			   uint32_t length, uint64_t payload_sum)
+{
+	/* The whole array rather than .length bytes: a constant size is a few moves. */
+	memcpy(frame, built->header, SL_TEMPLATE_SIZE);
+	memcpy(frame + built->length, payload, length);
+	return finish(built, frame, length, payload_sum);
+}
+
+uint32_t sl_template_head(const struct sl_template *built, uint8_t *payload, uint32_t length,
+			  uint64_t payload_sum)
+{
+	uint8_t *frame = payload - built->length;
+
+	/*
+	 * Here the array may not reach into the payload.  Headers are 42, 46, 62 or 66 bytes:
+	 * both ends and the middle, of constant sizes, cover any of them.
+	 */
+	memcpy(frame, built->header, 32);
+	memcpy(frame + 24, built->header + 24, 16);
+	memcpy(payload - 32, built->header + built->length - 32, 32);
+	return finish(built, frame, length, payload_sum);
+}
+
+int sl_payload_sum(const uint8_t *frame, uint32_t length, uint64_t *payload_sum)
+{
+	struct sl_packet packet;
+	const uint8_t *ip, *udp;
+	uint16_t checksum;
+	uint64_t others;
+
+	if (sl_parse(frame, length, &packet) || !packet.plain)
+		return -EBADMSG;
+	ip = frame + packet.ip;
+	udp = frame + packet.udp;
+	memcpy(&checksum, udp + 6, sizeof(checksum));
+	if (checksum == 0)
+		return -ENODATA;
+	others = packet.family == 4 ? sl_sum(ip + 12, 8, 0) : sl_sum(ip + 8, 32, 0);
+	others = sl_sum((const uint8_t[]){ 0, PROTOCOL_UDP }, 2, others);
+	others = sl_sum(udp, 6, sl_sum(udp + 4, 2, others));
+	/* In ones' complement: all = ~checksum, so payload = ~checksum - others, and -x is ~x. */
+	*payload_sum = (uint64_t)(uint16_t)~checksum + sl_fold(others);
+	return 0;
 }
 
 static void swap(uint8_t *a, uint8_t *b, size_t size)

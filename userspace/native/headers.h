@@ -55,6 +55,7 @@ struct sl_destination {
 
 /* Ethernet 14, one tag 4, IPv6 40, UDP 8: 66, and up to a multiple of 8. */
 #define SL_TEMPLATE_SIZE 72
+#define SL_HEADERS_MAX 66
 
 struct sl_template {
 	uint8_t header[SL_TEMPLATE_SIZE];
@@ -78,6 +79,21 @@ int sl_template_init(struct sl_template *built, const struct sl_destination *des
  */
 uint32_t sl_template_build(const struct sl_template *built, uint8_t *frame, const uint8_t *payload,
 			   uint32_t length, uint64_t payload_sum);
+
+/*
+ * The same for a payload that is in its place already: headers are written in front of it,
+ * so that they end where it begins, and it is neither moved nor read.  built->length bytes
+ * in front of payload (at most SL_HEADERS_MAX) are the frame's.
+ */
+uint32_t sl_template_head(const struct sl_template *built, uint8_t *payload, uint32_t length,
+			  uint64_t payload_sum);
+
+/*
+ * What a received frame's UDP checksum says that its payload's sum is, so that a payload which
+ * is passed on keeps the protection that its sender gave it (as RFC 1624 does for a changed
+ * field).  0, or -EBADMSG: not understood, options or extension headers; -ENODATA: it has none.
+ */
+int sl_payload_sum(const uint8_t *frame, uint32_t length, uint64_t *payload_sum);
 
 /*
  * Turns a received frame into one to its sender: MAC addresses, IP addresses and

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #define _GNU_SOURCE
+#include "busy_poll.h"
 #include "mmsg_state.h"
 
 #include <errno.h>
@@ -56,7 +57,8 @@ static int make_frames(struct sl_mmsg *m, uint32_t small, uint32_t large)
 	m->frame = calloc(m->frames, sizeof(*m->frame));
 	m->free_small = calloc(small, sizeof(uint32_t));
 	m->free_large = calloc(large + 1, sizeof(uint32_t));
-	if (!m->frame || !m->free_small || !m->free_large)
+	m->error = calloc(SL_MMSG_ERRORS, sizeof(*m->error));
+	if (!m->frame || !m->free_small || !m->free_large || !m->error)
 		return ENOMEM;
 	for (int i = 0; i < SLUICE_MAX_LANES; i++) {
 		struct sl_lane *lane = &m->lane[i];
@@ -125,6 +127,7 @@ void sl_mmsg_free(struct sl_mmsg *m)
 	free(m->frame);
 	free(m->free_small);
 	free(m->free_large);
+	free(m->error);
 	if (m->area)
 		munmap(m->area, m->area_size);
 	if (m->event >= 0)
@@ -195,6 +198,8 @@ static void note_overflow(struct sl_mmsg *m, struct sl_socket *s)
 {
 	uint32_t drops = s->fd < 0 ? s->overflow : drops_of(s->fd, s->overflow);
 
+	if (s->selected == SL_MMSG_DRAIN + 1)
+		return;
 	m->statistics.overflowed += (uint32_t)(drops - s->overflow);
 	s->overflow = drops;
 }
@@ -216,6 +221,9 @@ int sl_mmsg_add(struct sl_mmsg *m, int fd, uint16_t port)
 	    getsockopt(fd, SOL_SOCKET, SO_COOKIE, &s.cookie, &cookie_size))
 		return -errno;
 	s.overflow = drops_of(fd, 0);
+	if (m->poll_us < sl_busy_poll_get(fd))
+		m->poll_us = sl_busy_poll_get(fd);
+	sl_mmsg_hear_errors(&s, true);
 	m->socket[m->sockets] = s;
 	if (m->watched)
 		error = watch(m, m->sockets);
@@ -243,13 +251,16 @@ int sl_mmsg_remove(struct sl_mmsg *m, int fd)
 	return 0;
 }
 
-int sl_mmsg_poll(const struct sl_mmsg *m, struct pollfd *fds, int timeout_ms)
+int sl_mmsg_poll(struct sl_mmsg *m, struct pollfd *fds, int timeout_ms)
 {
 	int n;
 
 	for (uint32_t i = 0; i < m->sockets; i++)
 		fds[i] = (struct pollfd){ .fd = m->socket[i].fd, .events = POLLIN };
 	n = poll(fds, m->sockets, timeout_ms);
+	for (uint32_t i = 0; i < m->sockets && n > 0; i++)
+		if (fds[i].revents & POLLERR)
+			sl_mmsg_drain_errors(m, &m->socket[i], 0);
 	return n < 0 ? -errno : n;
 }
 
@@ -259,8 +270,14 @@ static int wait_for_datagrams(struct sl_mmsg *m, int timeout_ms)
 	struct pollfd fds[SL_MMSG_POLLED];
 	struct epoll_event ready;
 
-	if (!m->watched)
-		return sl_mmsg_poll(m, fds, timeout_ms);
+	int n;
+
+	if (!m->watched) {
+		n = sl_mmsg_poll(m, fds, timeout_ms);
+		for (uint32_t i = 0; i < m->sockets && n > 0; i++)
+			m->ready |= (uint32_t)(fds[i].revents != 0) << i;
+		return n;
+	}
 	return epoll_wait(m->epoll, &ready, 1, timeout_ms) < 0 ? -errno : 0;
 }
 
@@ -284,6 +301,8 @@ static int check_sockets(struct sl_mmsg *m, uint64_t now)
 
 		if (error)
 			return -error;
+		if (m->socket[i].fd >= 0)
+			sl_mmsg_tend_errors(m, &m->socket[i], now);
 	}
 	m->checked_ns = now;
 	return 0;
@@ -298,6 +317,8 @@ static int pump(struct sl_mmsg *m, uint32_t maximum, uint32_t budget)
 	uint64_t limit = (uint64_t)maximum * m->options.drain;
 	int n, more;
 
+	if (m->by_lane)
+		return sl_mmsg_top_up(m, maximum);
 	if (budget && budget < maximum)
 		maximum = budget;
 	if (budget && budget < limit)
@@ -390,6 +411,9 @@ int sl_mmsg_receive(struct sl_mmsg *m, struct sl_batch *batch, uint32_t maximum,
 		    int timeout_ms)
 {
 	uint64_t start = sl_now_ns(), now = start;
+	/* Several sockets are asked which of them have something: that call may as well wait for it. */
+	bool wait_first = timeout_ms && m->sockets > 1 && !m->watched && !m->queued &&
+			  m->waiting.next == m->waiting.messages;
 	int waited;
 
 	batch->count = 0;
@@ -400,10 +424,11 @@ int sl_mmsg_receive(struct sl_mmsg *m, struct sl_batch *batch, uint32_t maximum,
 	for (;;) {
 		int left = SL_MMSG_CHECK_MS, n = check_sockets(m, now);
 
-		if (!n)
+		if (!n && !wait_first)
 			n = pump(m, maximum, budget);
 		if (n < 0)
 			return n;
+		wait_first = false;
 		if (m->queued || !timeout_ms)
 			break;
 		/* All were dropped.  Under a flood that may last, and signals must get through. */
@@ -417,6 +442,8 @@ int sl_mmsg_receive(struct sl_mmsg *m, struct sl_batch *batch, uint32_t maximum,
 			if (timeout_ms - (int)gone < left)
 				left = timeout_ms - (int)gone;
 		}
+		if (sl_now_ns() - start < m->poll_us * 1000ULL)
+			continue;
 		waited = wait_for_datagrams(m, left);
 		if (waited < 0)
 			return waited;

@@ -51,7 +51,9 @@
 #define SL_MMSG_SOCKETS 1024
 #define SL_MMSG_CHECK_MS 500      /* between two looks at whether all sockets are still there */
 #define SL_MMSG_LARGE_FRAME 65536 /* any UDP payload (RFC 768: 65,527 bytes and less) */
+#define SL_MMSG_DRAIN 255         /* in place of a lane: a socket that refuses every datagram */
 #define SL_MMSG_SHARE_ONE 65536   /* share[] in 1/65536 of what one call hands out */
+#define SL_MMSG_ERRORS 1024       /* errors of sent datagrams that are kept */
 
 struct sl_mmsg_options {
 	uint32_t frame_size;   /* bytes, 64 to SL_MMSG_LARGE_FRAME */
@@ -73,8 +75,11 @@ struct sl_mmsg_statistics {
 	uint64_t no_large_frame; /* longer than a frame, and all large ones of its lane are in use */
 	uint64_t overflowed;     /* lost in full socket buffers, never received (SO_MEMINFO) */
 	uint64_t errors;         /* pending socket errors taken by recvmmsg (ICMP) */
-	uint64_t calls;          /* of recvmmsg that returned datagrams */
-	uint64_t shared;         /* datagrams that came in one message with others (UDP_GRO) */
+	uint64_t reported;       /* errors of sent datagrams taken from the sockets' error queues */
+	uint64_t unread;         /* those of them that newer ones have pushed out, unread */
+	uint64_t floods; /* times that a socket got so many that they were not taken for a while */
+	uint64_t calls;  /* of recvmmsg that returned datagrams */
+	uint64_t shared; /* datagrams that came in one message with others (UDP_GRO) */
 	uint64_t lane_full[SLUICE_MAX_LANES];
 	uint64_t lane_delivered[SLUICE_MAX_LANES];
 	uint32_t queued[SLUICE_MAX_LANES];
@@ -97,6 +102,14 @@ uint64_t sl_mmsg_area_size(const struct sl_mmsg *m);
  * classified as sent to port.  0 or -errno.
  */
 int sl_mmsg_add(struct sl_mmsg *m, int fd, uint16_t port);
+/*
+ * Says that the kernel puts into an added socket what it has chosen for that lane alone
+ * (bpf/select.bpf.c): datagrams are neither classified nor limited again, and each call of
+ * sl_mmsg_receive reads as many of a lane as it may hand out, highest first; the rest waits
+ * in the sockets.  Of a drain (SL_MMSG_DRAIN) what it refuses is no overflow.  0, -ENOENT, or
+ * -EINVAL: no lane, or options.gro is set (what shares a message may have several lanes).
+ */
+int sl_mmsg_set_lane(struct sl_mmsg *m, int fd, uint8_t lane);
 /*
  * Forgets a socket.  Its place is not used again, so that what came through it
  * is never answered through another: SL_MMSG_SOCKETS counts removed ones too.
@@ -134,7 +147,9 @@ void sl_mmsg_census(const struct sl_mmsg *m, uint32_t *counts);
 
 /*
  * What to send: payload i is base + offset[i] with length[i] bytes; offset NULL:
- * one behind the other.  With destinations 1 all go to destination[0];
+ * one behind the other.  Or, with piece not NULL, it is put together from
+ * piece[end[i - 1]] to piece[end[i] - 1], whose lengths add up to length[i]; none has more
+ * than most (1 to SL_PIECES_MAX) of them, and offset is NULL.  With destinations 1 all go to destination[0];
  * otherwise each to its own.  order, if not NULL, has the count payloads to send
  * (offset is not NULL then); failures are told by payload.
  */
@@ -146,7 +161,39 @@ struct sl_outgoing {
 	uint32_t count;
 	uint32_t destinations;
 	const uint32_t *order;
+	const struct sl_piece *piece;
+	const uint32_t *end;
+	uint32_t most;
 };
+
+/*
+ * What the network, or this host, said of a datagram that was sent: struct sock_extended_err
+ * (linux/errqueue.h) with the addresses.
+ */
+struct sl_socket_error {
+	struct sl_source destination; /* where the datagram was to go */
+	struct sl_source offender;    /* who said it; family 0: this host */
+	uint64_t time_ns;             /* CLOCK_MONOTONIC, when it was taken from the socket */
+	uint32_t error;               /* errno */
+	uint32_t mtu;                 /* of the way, with EMSGSIZE; else 0 */
+	uint16_t port;                /* the service port, of the socket */
+	uint8_t origin;               /* SO_EE_ORIGIN_LOCAL (1), _ICMP (2), _ICMP6 (3) */
+	uint8_t type, code;           /* of the ICMP message */
+	uint8_t reserved[3];
+};
+
+/*
+ * How many errors wait to be taken: the last SL_MMSG_ERRORS of them.  They are moved here from
+ * the sockets' queues by whatever call meets them, receiving, waiting and sending, and with look
+ * all sockets are asked first.
+ *
+ * Anybody who guesses a service port can send ICMP messages that name it, and the queue of errors
+ * takes room from the receive buffer.  So a socket of which more than 10,000 a second come, or
+ * 8,192 at once, is not told of errors for a second (counted as a flood).
+ */
+uint32_t sl_mmsg_errors(struct sl_mmsg *m, int look);
+/* Takes the oldest ones, at most maximum; how many. */
+uint32_t sl_mmsg_take_errors(struct sl_mmsg *m, struct sl_socket_error *errors, uint32_t maximum);
 
 struct sl_send_result {
 	uint32_t sent;

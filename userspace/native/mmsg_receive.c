@@ -88,7 +88,10 @@ static void sort_out(struct sl_mmsg *m, const struct sl_socket *s, uint32_t k, u
 	};
 	uint32_t probes[SL_MMSG_BURST], n = 0;
 
-	sl_classify(m->classifier, &d, k, now);
+	if (s->selected)
+		sl_describe(m->classifier, &d, k, s->selected - 1, now);
+	else
+		sl_classify(m->classifier, &d, k, now);
 	for (uint32_t i = 0; i < k; i++) {
 		switch (m->reason[i]) {
 		case SLUICE_STEER:
@@ -153,26 +156,11 @@ static struct said read_control(const struct sl_mmsg *m, uint32_t i)
 	return said;
 }
 
-/* Where datagram i of the call came from, into entry k; all zero when it is no address of ours. */
+/* Where datagram i of the call came from, into entry k. */
 static void read_source(struct sl_mmsg *m, uint32_t i, uint32_t k)
 {
-	const struct sockaddr_in6 *name = &m->name[i];
-	const struct sockaddr_in *v4 = (const struct sockaddr_in *)name;
-	struct sl_source *source = &m->source[k];
-
-	memset(source, 0, sizeof(*source));
-	if (m->header[i].msg_hdr.msg_namelen && name->sin6_family == AF_INET6) {
-		memcpy(source->address, &name->sin6_addr, sizeof(source->address));
-		source->port = ntohs(name->sin6_port);
-		source->scope = name->sin6_scope_id;
-		source->family = IN6_IS_ADDR_V4MAPPED(&name->sin6_addr) ? 4 : 6;
-	} else if (m->header[i].msg_hdr.msg_namelen && v4->sin_family == AF_INET) {
-		source->address[10] = source->address[11] = 0xff;
-		memcpy(source->address + 12, &v4->sin_addr, sizeof(v4->sin_addr));
-		source->port = ntohs(v4->sin_port);
-		source->family = 4;
-	}
-	memcpy(&m->address[k], source->address, sizeof(m->address[k]));
+	sl_mmsg_source(&m->source[k], &m->name[i], m->header[i].msg_hdr.msg_namelen);
+	memcpy(&m->address[k], m->source[k].address, sizeof(m->address[k]));
 }
 
 /* Copies a part of message i, which lies in its slot's frame and goes on in the spill area. */
@@ -232,7 +220,7 @@ static uint32_t take(struct sl_mmsg *m, uint32_t want)
 {
 	struct sl_waiting *w = &m->waiting;
 	struct sl_socket *s = &m->socket[w->socket];
-	uint32_t first = w->next, taken = 0, k = 0;
+	uint32_t taken = 0, k = 0;
 
 	if (w->next == w->messages)
 		return 0;
@@ -276,29 +264,27 @@ static uint32_t take(struct sl_mmsg *m, uint32_t want)
 		}
 	}
 	sort_out(m, s, k, m->read_ns);
-	for (uint32_t i = first; i < w->next; i++)
-		if (m->slot[i] == SL_NO_FRAME)
-			sl_fill_slot(m, i);
 	return taken;
 }
 
-/* Makes the first n headers ready for recvmmsg, which has written to them. */
+/*
+ * Makes the first n headers ready for recvmmsg, which has written to them.  Frames are found only
+ * now: those that the application gave back last, and that are still in the cache, are used again.
+ */
 static void offer(struct sl_mmsg *m, uint32_t n)
 {
-	for (uint32_t i = 0; i < n; i++) {
+	for (uint32_t i = n; i-- > 0;) {
 		struct msghdr *h = &m->header[i].msg_hdr;
 
+		if (m->slot[i] == SL_NO_FRAME)
+			sl_fill_slot(m, i);
 		h->msg_namelen = sizeof(m->name[i]);
 		h->msg_control = m->options.gro || m->options.timestamps ? &m->control[i] : NULL;
 		h->msg_controllen = h->msg_control ? sizeof(m->control[i]) : 0;
 	}
 }
 
-/*
- * Up to want datagrams from one socket in one call.  How many, 0: nothing there,
- * or -errno when the socket can't be used any more.
- */
-static int read_burst(struct sl_mmsg *m, struct sl_socket *s, uint32_t want)
+int sl_mmsg_read_burst(struct sl_mmsg *m, struct sl_socket *s, uint32_t want)
 {
 	uint32_t most = want < SL_MMSG_BURST ? want : SL_MMSG_BURST;
 	int n;
@@ -314,12 +300,17 @@ static int read_burst(struct sl_mmsg *m, struct sl_socket *s, uint32_t want)
 			m->waiting = (struct sl_waiting){ .messages = n, .socket = s - m->socket };
 			return (int)take(m, want);
 		}
-		if (n == 0 || errno == EAGAIN)
+		if (n == 0 || errno == EAGAIN) {
+			/* An event loop was woken for nothing, perhaps by an error. */
+			if (m->watched && m->sockets == 1)
+				sl_mmsg_drain_errors(m, s, 0);
 			return 0;
+		}
 		if (errno == EBADF || errno == ENOTSOCK || errno == EFAULT || errno == EINVAL)
 			return -errno;
 		/* An ICMP error that was pending on the socket; taken now, so ask again. */
 		m->statistics.errors++;
+		sl_mmsg_drain_errors(m, s, 0);
 	}
 	return 0;
 }
@@ -345,8 +336,7 @@ static void take_turns(const struct sl_mmsg *m, struct epoll_event *ready, int n
 	ready[0] = first;
 }
 
-/* Which sockets have something; how many, or -errno. */
-static int find_ready(const struct sl_mmsg *m, struct epoll_event *ready)
+int sl_mmsg_find_ready(struct sl_mmsg *m, struct epoll_event *ready, int room)
 {
 	struct pollfd fds[SL_MMSG_POLLED];
 	int n, found = 0;
@@ -357,15 +347,24 @@ static int find_ready(const struct sl_mmsg *m, struct epoll_event *ready)
 		return 1;
 	}
 	if (m->watched) {
-		n = epoll_wait(m->epoll, ready, READY, 0);
+		n = epoll_wait(m->epoll, ready, room, 0);
+		for (int i = 0; i < n; i++)
+			if (ready[i].events & EPOLLERR && ready[i].data.u32 < m->sockets &&
+			    m->socket[ready[i].data.u32].fd >= 0)
+				sl_mmsg_drain_errors(m, &m->socket[ready[i].data.u32], 0);
 		return n < 0 ? -errno : n;
 	}
-	n = sl_mmsg_poll(m, fds, 0);
-	if (n < 0)
-		return n;
+	if (!m->ready) {
+		n = sl_mmsg_poll(m, fds, 0);
+		if (n < 0)
+			return n;
+		for (uint32_t i = 0; i < m->sockets; i++)
+			m->ready |= (uint32_t)(fds[i].revents != 0) << i;
+	}
 	for (uint32_t i = 0; i < m->sockets; i++)
-		if (fds[i].revents)
+		if (m->ready >> i & 1)
 			ready[found++].data.u32 = i;
+	m->ready = 0;
 	return found;
 }
 
@@ -377,7 +376,9 @@ int sl_mmsg_read_sockets(struct sl_mmsg *m, uint32_t want)
 
 	if (total == want)
 		return (int)total;
-	n = find_ready(m, ready);
+	n = sl_mmsg_find_ready(m, ready, READY);
+	if (n == 0 && m->poll_us && sl_mmsg_look(m))
+		n = sl_mmsg_find_ready(m, ready, READY);
 	if (n < 0)
 		return n;
 	if (n > 1)
@@ -390,7 +391,7 @@ int sl_mmsg_read_sockets(struct sl_mmsg *m, uint32_t want)
 
 			if (index >= m->sockets || m->socket[index].fd < 0)
 				continue;
-			got = read_burst(m, &m->socket[index], want - total);
+			got = sl_mmsg_read_burst(m, &m->socket[index], want - total);
 			if (got < 0)
 				return got;
 			m->turn = index + 1;

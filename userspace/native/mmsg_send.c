@@ -23,8 +23,11 @@
 #define GSO_DATAGRAMS 64 /* UDP_MAX_SEGMENTS of older kernels; newer ones allow 128 */
 #define GSO_BYTES 65400  /* with IP and UDP headers still no more than an IP packet's 65,535 */
 
+/* Attempts at one datagram while errors of earlier ones come. */
+#define TRIES 16
+
 /* Pieces of one sendmmsg call: the payloads of 16 full messages, or of 64 shorter ones. */
-#define PIECES 1024
+#define PIECES 1024 /* and of one message (UIO_MAXIOV) */
 
 /* ENOBUFS (a full device queue) has no event to wait for, so it is asked again this often. */
 #define RETRY_MS 1
@@ -176,15 +179,28 @@ static void write_segment(struct msghdr *h, union control *control, uint32_t seg
 	memcpy(CMSG_DATA(&control->header), &size, sizeof(size));
 }
 
+/* The pieces of payload k; how many. */
+static uint32_t write_pieces(struct iovec *to, const struct sl_outgoing *out, uint32_t k)
+{
+	uint32_t first = k ? out->end[k - 1] : 0, i;
+
+	for (i = first; i < out->end[k]; i++) {
+		to->iov_base = (void *)out->piece[i].base;
+		to++->iov_len = out->piece[i].length;
+	}
+	return out->end[k] - first;
+}
+
 /* Fills the window from datagram i on; stops before one that has no name on this socket. */
 static uint32_t fill(struct window *w, int family, const struct sl_outgoing *out,
 		     const struct sharing *sharing, uint32_t i, const uint8_t *payload)
 {
-	uint32_t n = 0, pieces = 0;
+	uint32_t n = 0, pieces = 0, most = out->piece ? out->most : 1;
 
-	for (; n < SL_MMSG_BURST && i < out->count && pieces < PIECES; n++) {
+	for (; n < SL_MMSG_BURST && i < out->count && pieces + most <= PIECES; n++) {
 		struct msghdr *h = &w->header[n].msg_hdr;
-		uint32_t k = payload_at(out, i), run = run_of(out, i, sharing, PIECES - pieces);
+		uint32_t k = payload_at(out, i);
+		uint32_t run = run_of(out, i, sharing, (PIECES - pieces) / most);
 		socklen_t length;
 
 		if (out->destinations == 1 && n > 0) {
@@ -206,6 +222,10 @@ static uint32_t fill(struct window *w, int family, const struct sl_outgoing *out
 		w->datagrams[n] = run;
 		for (; run; run--, i++) {
 			k = payload_at(out, i);
+			if (out->piece) {
+				pieces += write_pieces(&w->piece[pieces], out, k);
+				continue;
+			}
 			w->piece[pieces].iov_base =
 				(void *)(out->offset ? out->base + out->offset[k] : payload);
 			w->piece[pieces++].iov_len = out->length[k];
@@ -230,25 +250,39 @@ static void part(struct sharing *sharing, uint32_t next, uint32_t datagrams, uin
 		sharing->segment = 0;
 }
 
-static void send_all(int fd, int family, uint32_t *gso, const struct sl_outgoing *out,
+/* What the socket has in its error queue, if it is one of m's. */
+static enum sl_told drain(struct sl_mmsg *m, struct sl_socket *s, int error)
+{
+	return m ? sl_mmsg_drain_errors(m, s, error) : SL_TOLD_NOTHING;
+}
+
+static void send_all(struct sl_mmsg *m, struct sl_socket *s, const struct sl_outgoing *out,
 		     int64_t deadline, uint32_t *failed_index, int32_t *failed_errno,
 		     struct sl_send_result *result)
 {
-	struct sharing sharing = { .segment = *gso };
+	struct sharing sharing = { .segment = s->gso };
 	const uint8_t *payload = out->base;
+	bool in_a_row = !out->offset && !out->piece;
 	struct window w;
-	uint32_t retried = UINT32_MAX;
+	uint32_t tries = 0;
+	bool doubtful = false; /* the last try was given up for an error that nothing explains */
 
-	for (uint32_t i = 0; !out->offset && i < result->next; i++)
+	for (uint32_t i = 0; in_a_row && i < result->next; i++)
 		payload += out->length[i];
 	while (result->next < out->count) {
 		uint32_t start = result->next, n;
+		enum sl_told told = SL_TOLD_NOTHING;
 		int sent, error;
 
-		n = fill(&w, family, out, &sharing, start, payload);
-		sent = n ? sendmmsg(fd, w.header, n, MSG_DONTWAIT | MSG_NOSIGNAL) : -1;
+		n = fill(&w, s->family, out, &sharing, start, payload);
+		sent = n ? sendmmsg(s->fd, w.header, n, MSG_DONTWAIT | MSG_NOSIGNAL) : -1;
 		error = n ? errno : EAFNOSUPPORT;
+		/* What ended it early may be an error of an earlier one, which poll would meet too. */
+		if (sent < (int)n && !(sent < 0 && (error == EINTR || is_final(error))))
+			told = drain(m, s, sent < 0 ? error : 0);
 		if (sent > 0) {
+			tries = 0;
+			doubtful = false;
 			for (int i = 0; i < sent; i++) {
 				result->sent += w.datagrams[i];
 				result->next += w.datagrams[i];
@@ -257,25 +291,28 @@ static void send_all(int fd, int family, uint32_t *gso, const struct sl_outgoing
 			result->stopped = error;
 			return;
 		} else if (error == EAGAIN || error == ENOBUFS) {
-			result->stopped = wait_for_room(fd, error, deadline);
+			result->stopped = wait_for_room(s->fd, error, deadline);
 			if (result->stopped)
 				return;
-		} else if (may_be_asynchronous(error) && retried != start) {
-			retried = start;
+		} else if (may_be_asynchronous(error) && told != SL_TOLD_OWN && tries < TRIES &&
+			   (told == SL_TOLD_EARLIER || !doubtful)) {
+			tries++;
+			doubtful = told == SL_TOLD_NOTHING;
 			result->asynchronous++;
 		} else {
-			/* The same error twice: it was this datagram's own, both times. */
-			if (retried == start)
-				result->asynchronous--;
-			retried = UINT32_MAX;
+			/* The same error twice, unexplained: it was this datagram's own, both times. */
+			result->asynchronous -= doubtful;
+			tries = 0;
+			doubtful = false;
 			if (n && w.datagrams[0] > 1) {
-				part(&sharing, start, w.datagrams[0], w.piece[0].iov_len, error);
-				*gso = sharing.segment;
+				part(&sharing, start, w.datagrams[0],
+				     out->length[payload_at(out, start)], error);
+				s->gso = sharing.segment;
 			} else {
 				fail(out, result, failed_index, failed_errno, error);
 			}
 		}
-		for (uint32_t i = start; !out->offset && i < result->next; i++)
+		for (uint32_t i = start; in_a_row && i < result->next; i++)
 			payload += out->length[i];
 	}
 }
@@ -283,32 +320,31 @@ static void send_all(int fd, int family, uint32_t *gso, const struct sl_outgoing
 void sl_mmsg_send(int fd, const struct sl_outgoing *out, int timeout_ms, uint32_t *failed_index,
 		  int32_t *failed_errno, struct sl_send_result *result)
 {
-	socklen_t size = sizeof(int);
-	uint32_t gso = 0; /* nothing is known of this socket */
-	int family = 0;
+	struct sl_socket s = { .fd = fd }; /* nothing is known of it */
+	socklen_t size = sizeof(s.family);
 
 	result->stopped = 0;
-	if (getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &family, &size)) {
+	if (getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &s.family, &size)) {
 		result->stopped = errno;
 		return;
 	}
-	send_all(fd, family, &gso, out, now_ms() + timeout_ms, failed_index, failed_errno, result);
+	send_all(NULL, &s, out, now_ms() + timeout_ms, failed_index, failed_errno, result);
 }
 
-static void send_through(struct sl_socket *s, const struct sl_outgoing *out, int64_t deadline,
-			 uint32_t *failed_index, int32_t *failed_errno,
+static void send_through(struct sl_mmsg *m, struct sl_socket *s, const struct sl_outgoing *out,
+			 int64_t deadline, uint32_t *failed_index, int32_t *failed_errno,
 			 struct sl_send_result *result)
 {
 	result->stopped = sl_mmsg_check_socket(s);
 	if (!result->stopped)
-		send_all(s->fd, s->family, &s->gso, out, deadline, failed_index, failed_errno,
-			 result);
+		send_all(m, s, out, deadline, failed_index, failed_errno, result);
 }
 
 void sl_mmsg_send_from(struct sl_mmsg *m, uint32_t n, const struct sl_outgoing *out, int timeout_ms,
 		       uint32_t *failed_index, int32_t *failed_errno, struct sl_send_result *result)
 {
-	send_through(&m->socket[n], out, now_ms() + timeout_ms, failed_index, failed_errno, result);
+	send_through(m, &m->socket[n], out, now_ms() + timeout_ms, failed_index, failed_errno,
+		     result);
 }
 
 /*
@@ -356,7 +392,7 @@ void sl_mmsg_send_back(struct sl_mmsg *m, const struct sl_batch *batch, uint32_t
 		out.count = result->next + 1;
 		while (out.count < batch->count && batch->sizes[order[out.count]] == socket)
 			out.count++;
-		send_through(&m->socket[socket], &out, deadline, failed_index, failed_errno,
+		send_through(m, &m->socket[socket], &out, deadline, failed_index, failed_errno,
 			     result);
 		if (result->stopped == EINTR)
 			return;

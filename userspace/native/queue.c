@@ -11,6 +11,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "busy_poll.h"
 #include "queue_private.h"
 #include "umem.h"
 
@@ -32,7 +33,7 @@ static int check_config(const struct sl_queue_config *config)
 	if (config->frame_size != 2048 && config->frame_size != 4096)
 		return -EINVAL;
 	/* Offsets in a batch have 32 bits. */
-	if (frames * config->frame_size > UINT32_MAX)
+	if (frames * config->frame_size > UINT32_MAX || config->longest > SL_LONGEST)
 		return -EINVAL;
 	for (i = 0; i < config->lanes; i++) {
 		if (config->lane[i].quota == 0 || config->lane[i].share > 65536)
@@ -63,11 +64,18 @@ static int map_all(struct sl_queue *queue, const struct sl_queue_config *config,
 		   struct sl_error *error)
 {
 	int first = config->lane[0].fd, code;
+	uint64_t at;
 	uint32_t i;
 
-	code = sl_umem_map(config->umem_fd, queue->area_size, &queue->area);
+	code = sl_umem_map_with(config->umem_fd, queue->area_size, sl_chain_room(queue),
+				&queue->area, &at);
 	if (code)
 		return failed(error, code, "mapping the UMEM");
+	queue->data_size = at + sl_chain_room(queue);
+	/* Offsets in a batch have 32 bits. */
+	if (queue->data_size > UINT32_MAX)
+		return failed(error, -EINVAL, "mapping room for packets in several frames");
+	queue->slots_at = at;
 	code = sl_map_producer(first, SL_RING_FILL, config->fill_ring, &queue->fill,
 			       &queue->fill_map);
 	if (code)
@@ -109,7 +117,9 @@ int sl_queue_begin(struct sl_queue *queue, uint32_t transmit_frames)
 	pthread_mutex_init(&queue->lock, NULL);
 	for (i = 0; i < SL_WATCHERS; i++)
 		queue->watcher[i] = -1;
-	return 0;
+	queue->poll_us = sl_busy_poll_get(queue->lane[0].fd);
+	queue->polled = -1;
+	return sl_chain_begin(queue);
 }
 
 struct sl_queue *sl_queue_open(const struct sl_queue_config *config, struct sl_error *error)
@@ -134,6 +144,7 @@ struct sl_queue *sl_queue_open(const struct sl_queue_config *config, struct sl_e
 	queue->frame_shift = __builtin_ctz(config->frame_size);
 	queue->fill_frames = config->fill_frames;
 	queue->cookie = config->cookie;
+	queue->longest = config->longest;
 	queue->umem_fd = config->umem_fd;
 	queue->transmit_fd = config->transmit_fd;
 	queue->lanes = config->lanes;
@@ -162,13 +173,13 @@ bool sl_queue_held(const struct sl_queue *queue)
 		if (queue->frames.application[i])
 			return true;
 	}
-	return false;
+	return queue->frames.reserved > 0;
 }
 
 void sl_queue_unmap(struct sl_queue *queue)
 {
 	if (queue->area)
-		sl_umem_unmap(queue->area, queue->area_size);
+		sl_umem_unmap(queue->area, queue->data_size);
 	queue->area = NULL;
 }
 
@@ -207,6 +218,8 @@ void sl_queue_free(struct sl_queue *queue)
 	unmap_rings(queue);
 	free(queue->state);
 	free(queue->free_frames);
+	free(queue->pieces);
+	free(queue->slots);
 	free(queue);
 }
 
@@ -239,7 +252,7 @@ void sl_queue_wake(struct sl_queue *queue)
 
 void sl_queue_mute(struct sl_queue *queue, struct sl_lane *lane)
 {
-	bool mute = lane->held >= lane->quota;
+	bool mute = lane->held + lane->needs > lane->quota;
 	struct epoll_event event = { .events = mute ? 0 : EPOLLIN };
 	uint32_t i;
 
@@ -277,6 +290,9 @@ void sl_queue_recount(struct sl_queue *queue, struct sl_frames *frames)
 		case SL_TRANSMIT:
 			frames->transmit++;
 			break;
+		case SL_RESERVED:
+			frames->reserved++;
+			break;
 		case SL_APPLICATION:
 			frames->application[queue->state[i] & SL_LANE_BITS]++;
 			break;
@@ -296,6 +312,8 @@ void sl_queue_counters(struct sl_queue *queue, struct sl_queue_counters *counter
 
 		counters->received[i] = lane->received;
 		counters->received_bytes[i] = lane->received_bytes;
+		counters->jumbo[i] = lane->jumbo;
+		counters->too_long[i] = lane->too_long;
 		if (!queue->closed)
 			counters->waiting[i] = sl_ring_level(lane->rx.producer, lane->rx.consumer);
 	}

@@ -2,9 +2,11 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <time.h>
 
 #include "abi.h"
+#include "busy_poll.h"
 #include "queue.h"
 #include "queue_private.h"
 
@@ -123,18 +125,22 @@ int sl_queue_receive(struct sl_queue *queue, struct sl_batch *batch, uint32_t ma
 	}
 	if (queue->frames.transmit)
 		sl_queue_progress(queue);
+	batch->chained = 0;
 	plan(queue, maximum, take);
 	for (i = 0; i < queue->lanes && !queue->broken; i++) {
 		if (take[i] == 0)
 			continue;
-		count += move(queue, i, batch, count, take[i]);
-		if (queue->lane[i].held >= queue->lane[i].quota)
+		if (queue->longest)
+			count += sl_chain_move(queue, i, batch, count, take[i]);
+		else
+			count += move(queue, i, batch, count, take[i]);
+		if (queue->lane[i].held + queue->lane[i].needs > queue->lane[i].quota)
 			sl_queue_mute(queue, &queue->lane[i]);
 	}
 	if (count) {
 		batch->count = count;
 		batch->data = queue->area;
-		batch->data_size = queue->area_size;
+		batch->data_size = queue->data_size;
 		batch->received_ns = now_ns();
 		batch->columns_ready = 0;
 		batch->sources_ready = 0;
@@ -144,15 +150,36 @@ int sl_queue_receive(struct sl_queue *queue, struct sl_batch *batch, uint32_t ma
 	return count;
 }
 
-/* A frame whose program left no metadata: what its headers say, or all of it. */
-static void from_headers(struct sl_batch *batch, uint32_t i)
+void sl_queue_poll(struct sl_queue *queue)
 {
-	const uint8_t *frame = batch->data + batch->addresses[i];
+	uint32_t i;
+
+	sl_lock(queue);
+	if (!queue->poll_us || queue->closed) {
+		sl_unlock(queue);
+		return;
+	}
+	/* Before Linux 6.13 a socket belongs to no queue before its first packet. */
+	for (i = 0; i < queue->lanes && queue->polled < 0; i++) {
+		if (sl_busy_poll_napi(queue->lane[i].fd))
+			queue->polled = (int)i;
+	}
+	if (queue->polled >= 0) {
+		/* Of AF_XDP this receives nothing, but polls the queue of all the lanes. */
+		recvfrom(queue->lane[queue->polled].fd, NULL, 0, MSG_DONTWAIT, NULL, NULL);
+		queue->counters.polls++;
+	}
+	sl_unlock(queue);
+}
+
+/* A packet at place whose program left no metadata: what its headers say, or all of it. */
+static void from_headers(struct sl_batch *batch, uint32_t i, uint64_t place)
+{
 	struct sl_packet packet;
 
-	batch->offsets[i] = batch->addresses[i];
+	batch->offsets[i] = place;
 	batch->lengths[i] = batch->sizes[i];
-	if (!sl_parse(frame, batch->sizes[i], &packet)) {
+	if (!sl_parse(batch->data + place, batch->sizes[i], &packet)) {
 		batch->offsets[i] += packet.payload;
 		batch->lengths[i] = packet.payload_length;
 	}
@@ -171,23 +198,25 @@ void sl_queue_columns(struct sl_batch *batch)
 	struct sluice_meta meta;
 
 	for (i = 0; i < count; i++) {
-		uint64_t address = batch->addresses[i];
+		uint64_t address = batch->addresses[i], place = address;
 
 		if (i + PREFETCH_AHEAD < count)
 			__builtin_prefetch(batch->data + batch->addresses[i + PREFETCH_AHEAD] -
 					   sizeof(meta));
+		if (batch->chained)
+			place = sl_chain_gather(queue, address);
 		/* Metadata lies below the packet, but in the same frame. */
 		if (queue->cookie == 0 || (address & within) < sizeof(meta)) {
-			from_headers(batch, i);
+			from_headers(batch, i, place);
 			continue;
 		}
 		memcpy(&meta, batch->data + address - sizeof(meta), sizeof(meta));
 		if (meta.cookie != queue->cookie ||
 		    (uint32_t)meta.payload_offset + meta.payload_length > batch->sizes[i]) {
-			from_headers(batch, i);
+			from_headers(batch, i, place);
 			continue;
 		}
-		batch->offsets[i] = address + meta.payload_offset;
+		batch->offsets[i] = place + meta.payload_offset;
 		batch->lengths[i] = meta.payload_length;
 		batch->times[i] = meta.time_ns;
 		batch->peers[i] = meta.peer;
@@ -200,11 +229,14 @@ void sl_queue_columns(struct sl_batch *batch)
 
 void sl_queue_sources(struct sl_batch *batch)
 {
+	const struct sl_queue *queue = batch->owner;
 	struct sl_packet packet;
 	uint32_t i;
 
 	for (i = 0; i < batch->count; i++) {
-		const uint8_t *frame = batch->data + batch->addresses[i];
+		const uint8_t *frame =
+			batch->data + (batch->chained ? sl_chain_place(queue, batch->addresses[i]) :
+							batch->addresses[i]);
 
 		if (i + PREFETCH_AHEAD < batch->count)
 			__builtin_prefetch(batch->data + batch->addresses[i + PREFETCH_AHEAD]);
@@ -216,7 +248,7 @@ void sl_queue_sources(struct sl_batch *batch)
 	batch->sources_ready = 1;
 }
 
-int sl_queue_give_back(struct sl_queue *queue, const struct sl_batch *batch)
+int sl_queue_give_back(struct sl_queue *queue, struct sl_batch *batch)
 {
 	uint32_t counts[SL_QUEUE_LANES] = { 0 };
 	uint32_t i;
@@ -230,6 +262,9 @@ int sl_queue_give_back(struct sl_queue *queue, const struct sl_batch *batch)
 		queue->state[frame] = SL_KERNEL;
 		counts[state & SL_LANE_BITS]++;
 	}
+	/* Not batch->chained: a part of a batch, made by hand, may not know. */
+	if (queue->longest)
+		sl_chain_give_back(queue, batch, counts);
 	for (i = 0; i < queue->lanes; i++) {
 		struct sl_lane *lane = &queue->lane[i];
 
@@ -243,12 +278,9 @@ int sl_queue_give_back(struct sl_queue *queue, const struct sl_batch *batch)
 	return 0;
 undo:
 	while (i-- > 0) {
-		uint32_t position = 0;
-
 		/* The lane's number was written when the packet was received. */
-		while (position + 1 < queue->lanes &&
-		       queue->lane[position].number != batch->lanes[i])
-			position++;
+		uint32_t position = sl_queue_position(queue, batch->lanes[i]);
+
 		queue->state[sl_frame_of(queue, batch->addresses[i])] = SL_APPLICATION | position;
 	}
 	return -EINVAL;

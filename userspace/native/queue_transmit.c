@@ -16,8 +16,7 @@
  */
 #define KICKS_IN_VAIN 8
 
-/* Completed frames go where they came from: building stack or fill ring. */
-static void reap(struct sl_queue *queue)
+void sl_queue_complete(struct sl_queue *queue)
 {
 	uint32_t count, index, i, returned;
 	uint64_t back[REAP_BATCH];
@@ -54,12 +53,10 @@ static void reap(struct sl_queue *queue)
 }
 
 /*
- * Has the kernel send what is in the transmit ring.  One call sends a bounded
- * number (32 by default), so it is repeated until the ring is empty or nothing
- * moves.  0, also when the interface is down (it will go on from there when it is
- * up again), or -ENXIO.
+ * One call sends a bounded number (32 by default), so it is repeated until the ring is
+ * empty or nothing moves.
  */
-static int kick(struct sl_queue *queue)
+int sl_queue_kick(struct sl_queue *queue)
 {
 	uint32_t before, level, in_vain = 0;
 
@@ -73,7 +70,7 @@ static int kick(struct sl_queue *queue)
 				return 0;
 		}
 		/* A full completion ring is one of the reasons for not sending. */
-		reap(queue);
+		sl_queue_complete(queue);
 		before = level;
 		level = sl_ring_level(queue->transmit.producer, queue->transmit.consumer);
 		if (level < before)
@@ -86,8 +83,8 @@ static int kick(struct sl_queue *queue)
 
 void sl_queue_progress(struct sl_queue *queue)
 {
-	reap(queue);
-	(void)kick(queue);
+	sl_queue_complete(queue);
+	(void)sl_queue_kick(queue);
 	sl_queue_wake(queue);
 }
 
@@ -103,16 +100,18 @@ int sl_queue_reap(struct sl_queue *queue)
 	return left;
 }
 
-static int check_payloads(struct sl_template *const *built, bool many, uint64_t size,
-			  const uint32_t *offsets, const uint32_t *lengths, uint32_t count,
-			  uint32_t *bad)
+static int check_payloads(const struct sl_queue *queue, struct sl_template *const *built, bool many,
+			  uint64_t size, const uint32_t *offsets, const uint32_t *lengths,
+			  uint32_t count, uint32_t *bad)
 {
 	uint64_t at = 0;
 
 	for (*bad = 0; *bad < count; ++*bad) {
+		const struct sl_template *to = built[many ? *bad : 0];
+
 		if (offsets)
 			at = offsets[*bad];
-		if (lengths[*bad] > built[many ? *bad : 0]->payload_maximum)
+		if (lengths[*bad] > sl_queue_longest(queue, to))
 			return -EMSGSIZE;
 		if (at + lengths[*bad] > size)
 			return -EFAULT;
@@ -121,14 +120,24 @@ static int check_payloads(struct sl_template *const *built, bool many, uint64_t 
 	return 0;
 }
 
-/* Entries that can be used now: free frames and room in the ring. */
-static uint32_t transmit_room(struct sl_queue *queue, uint32_t wanted)
+static uint32_t room_now(struct sl_queue *queue, uint32_t wanted, bool frames)
 {
 	uint32_t room = xsk_prod_nb_free(&queue->transmit, wanted);
 
-	if (room > queue->frames.free)
+	if (frames && room > queue->frames.free)
 		room = queue->frames.free;
 	return room < wanted ? room : wanted;
+}
+
+uint32_t sl_queue_room(struct sl_queue *queue, uint32_t wanted, bool frames, int *error)
+{
+	uint32_t room = room_now(queue, wanted, frames);
+
+	if (room == 0) {
+		*error = sl_queue_kick(queue);
+		room = room_now(queue, wanted, frames);
+	}
+	return room;
 }
 
 int sl_queue_send(struct sl_queue *queue, struct sl_template *const *built, uint32_t templates,
@@ -140,25 +149,20 @@ int sl_queue_send(struct sl_queue *queue, struct sl_template *const *built, uint
 	bool many = templates > 1;
 	int result;
 
-	result = check_payloads(built, many, size, offsets, lengths, count, bad);
+	result = check_payloads(queue, built, many, size, offsets, lengths, count, bad);
 	if (result)
 		return result;
 	sl_lock(queue);
-	/* Broken is for receiving and sending alike: nobody knows where frames are. */
-	if (queue->closed || queue->broken) {
-		result = queue->closed ? -EBADF : -EPROTO;
+	result = sl_queue_unusable(queue);
+	if (result) {
 		sl_unlock(queue);
 		return result;
 	}
-	reap(queue);
+	sl_queue_complete(queue);
 	while (done < count && !result) {
-		room = transmit_room(queue, count - done);
-		if (room == 0) {
-			result = kick(queue);
-			room = transmit_room(queue, count - done);
-			if (room == 0)
-				break;
-		}
+		room = sl_queue_room(queue, count - done, true, &result);
+		if (room == 0)
+			break;
 		if (!xsk_ring_prod__reserve(&queue->transmit, room, &index))
 			break;
 		for (i = 0; i < room; i++, done++) {
@@ -184,7 +188,7 @@ int sl_queue_send(struct sl_queue *queue, struct sl_template *const *built, uint
 		queue->counters.sent += room;
 	}
 	if (!result)
-		result = kick(queue);
+		result = sl_queue_kick(queue);
 	sl_unlock(queue);
 	/* What is in the ring will be sent when the interface is back; what is not, is an error. */
 	return done || !result ? (int)done : result;
@@ -197,8 +201,8 @@ int sl_queue_echo(struct sl_batch *batch, int checksum)
 	int result;
 
 	sl_lock(queue);
-	if (queue->closed || queue->broken) {
-		result = queue->closed ? -EBADF : -EPROTO;
+	result = sl_queue_unusable(queue);
+	if (result) {
 		sl_unlock(queue);
 		return result;
 	}
@@ -208,13 +212,13 @@ int sl_queue_echo(struct sl_batch *batch, int checksum)
 		sl_unlock(queue);
 		return result;
 	}
-	reap(queue);
+	sl_queue_complete(queue);
 	if (xsk_prod_nb_free(&queue->transmit, count) < count)
-		(void)kick(queue);
+		(void)sl_queue_kick(queue);
 	for (i = 0; i < count; i++) {
 		uint64_t address = batch->addresses[i];
-		uint32_t position = 0;
 		struct xdp_desc *desc;
+		uint32_t position;
 
 		if (i + 8 < count) /* headers, written by the core that received them */
 			__builtin_prefetch(queue->area + batch->addresses[i + 8], 1);
@@ -224,9 +228,7 @@ int sl_queue_echo(struct sl_batch *batch, int checksum)
 			batch->addresses[refused++] = address;
 			continue;
 		}
-		while (position + 1 < queue->lanes &&
-		       queue->lane[position].number != batch->lanes[i])
-			position++;
+		position = sl_queue_position(queue, batch->lanes[i]);
 		/* Until it is sent, it counts as held by its lane. */
 		queue->lane[position].held++;
 		queue->state[sl_frame_of(queue, address)] = SL_TRANSMIT | position;
@@ -246,7 +248,7 @@ int sl_queue_echo(struct sl_batch *batch, int checksum)
 	sl_queue_fill(queue, batch->addresses, refused);
 	for (i = 0; i < queue->lanes; i++)
 		sl_queue_mute(queue, &queue->lane[i]);
-	(void)kick(queue);
+	(void)sl_queue_kick(queue);
 	sl_queue_wake(queue);
 	batch->count = 0;
 	sl_unlock(queue);

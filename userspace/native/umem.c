@@ -27,11 +27,11 @@ int sl_umem_create(uint64_t size, int huge)
 	return fd;
 }
 
-int sl_umem_map(int fd, uint64_t size, uint8_t **area)
+/* Whether size bytes of it can be mapped without harm: 0 or -errno. */
+static int check(int fd, uint64_t size)
 {
 	struct stat stat;
 	int seals;
-	void *base;
 
 	seals = fcntl(fd, F_GET_SEALS);
 	if (seals < 0)
@@ -42,6 +42,49 @@ int sl_umem_map(int fd, uint64_t size, uint8_t **area)
 		return -errno;
 	if (size == 0 || (uint64_t)stat.st_size < size)
 		return -EINVAL;
+	return 0;
+}
+
+int sl_umem_map_with(int fd, uint64_t size, uint64_t more, uint8_t **area, uint64_t *at)
+{
+	uint64_t whole = (size + HUGE_PAGE - 1) & ~(uint64_t)(HUGE_PAGE - 1), before;
+	uint8_t *base;
+	int error;
+
+	*at = size;
+	if (!more)
+		return sl_umem_map(fd, size, area);
+	error = check(fd, size);
+	if (error)
+		return error;
+	/* A huge page more than needed, so that a boundary of one is within. */
+	base = mmap(NULL, whole + more + HUGE_PAGE, PROT_READ | PROT_WRITE,
+		    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (base == MAP_FAILED)
+		return -errno;
+	before = -(uintptr_t)base & (HUGE_PAGE - 1);
+	if (before)
+		munmap(base, before);
+	base += before;
+	munmap(base + whole + more, HUGE_PAGE - before);
+	if (mmap(base, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE | MAP_FIXED, fd,
+		 0) == MAP_FAILED) {
+		error = -errno;
+		munmap(base, whole + more);
+		return error;
+	}
+	*area = base;
+	*at = whole;
+	return 0;
+}
+
+int sl_umem_map(int fd, uint64_t size, uint8_t **area)
+{
+	int error = check(fd, size);
+	void *base;
+
+	if (error)
+		return error;
 	base = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0);
 	if (base == MAP_FAILED)
 		return -errno;

@@ -31,6 +31,13 @@ int sl_umem_create(uint64_t size, int huge);
  * sealed against shrinking; -EINVAL: smaller than size.
  */
 int sl_umem_map(int fd, uint64_t size, uint8_t **area);
+
+/*
+ * The same with more bytes (a multiple of 2 MiB) of private memory behind it, in one
+ * piece of address space; *at is where those begin, from area.  They cost memory only
+ * where they are written to.  Unmapped as *at + more bytes.
+ */
+int sl_umem_map_with(int fd, uint64_t size, uint64_t more, uint8_t **area, uint64_t *at);
 void sl_umem_unmap(uint8_t *area, uint64_t size);
 
 /* cffi: end */

@@ -48,6 +48,7 @@ struct sl_group {
 	uint32_t count;
 	uint32_t next;      /* queue to begin with */
 	int64_t checked_ns; /* when the interface was last seen to be there */
+	int64_t poll_ns;    /* how long to look before sleeping, 0: not at all */
 	struct sl_queue *queues[];
 };
 
@@ -154,8 +155,11 @@ struct sl_group *sl_group_new(struct sl_queue **queues, uint32_t count, uint32_t
 			       group->link_fd :
 			       watch(group->epoll_fd, group->link_fd, EPOLLIN, EVENT_LINK);
 	}
-	for (i = 0; i < count && !code; i++)
+	for (i = 0; i < count && !code; i++) {
 		code = watch_queue(group, queues[i]);
+		if (group->poll_ns < queues[i]->poll_us * 1000LL)
+			group->poll_ns = queues[i]->poll_us * 1000LL;
+	}
 	if (code) {
 		error->code = -code;
 		close_descriptors(group);
@@ -213,6 +217,27 @@ static int try_all(struct sl_group *group, struct sl_batch *batch, uint32_t maxi
 	return count;
 }
 
+/*
+ * Busy polling: looks again, and has the kernel look, for at most poll_ns and timeout
+ * (ns, negative: without end), at least once.  As sl_queue_receive.
+ */
+static int poll_and_receive(struct sl_group *group, struct sl_batch *batch, uint32_t maximum,
+			    int64_t timeout)
+{
+	int64_t end = now_ns() + group->poll_ns;
+	uint32_t i;
+	int result;
+
+	if (timeout >= 0 && timeout < group->poll_ns)
+		end += timeout - group->poll_ns;
+	do {
+		for (i = 0; i < group->count; i++)
+			sl_queue_poll(group->queues[i]);
+		result = try_all(group, batch, maximum);
+	} while (!result && now_ns() < end);
+	return result;
+}
+
 /* -ENXIO when an interface is gone, -EBADF when a queue was closed. */
 static int check_all(struct sl_group *group)
 {
@@ -247,7 +272,7 @@ static bool exhausted(struct sl_group *group, bool *echoes, bool *unsent)
 
 		sl_lock(queue);
 		for (k = 0; k < queue->lanes; k++) {
-			if (queue->lane[k].held < queue->lane[k].quota)
+			if (queue->lane[k].held + queue->lane[k].needs <= queue->lane[k].quota)
 				all = false;
 			else if (queue->lane[k].held > queue->frames.application[k])
 				*echoes = true;
@@ -364,7 +389,9 @@ int sl_group_receive(struct sl_group *group, struct sl_batch *batch, uint32_t ma
 	if (timeout >= 0)
 		nanoseconds = timeout < LONGEST_WAIT / 1e9 ? (int64_t)(timeout * 1e9) :
 							     LONGEST_WAIT;
-	result = wait_and_receive(group, batch, maximum, nanoseconds);
+	result = group->poll_ns ? poll_and_receive(group, batch, maximum, nanoseconds) : 0;
+	if (!result)
+		result = wait_and_receive(group, batch, maximum, nanoseconds);
 
 	pthread_mutex_lock(&group->lock);
 	if (--group->waiting == 0 && group->closed)

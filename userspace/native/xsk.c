@@ -14,9 +14,13 @@
 
 #include "rings.h"
 
-/* Newer than the oldest headers this is built with; the value is kernel ABI (linux/if_xdp.h). */
+/* Newer than the oldest headers this is built with; the values are kernel ABI (linux/if_xdp.h). */
 #ifndef XDP_MAX_TX_SKB_BUDGET
 #define XDP_MAX_TX_SKB_BUDGET 9
+#endif
+
+#ifndef XDP_USE_SG
+#define XDP_USE_SG (1 << 4)
 #endif
 
 static int set_option(int fd, int option, const void *value, socklen_t size)
@@ -104,6 +108,8 @@ int sl_xsk_bind(int fd, uint32_t ifindex, uint32_t queue, uint32_t flags, int sh
 			address.sxdp_flags |= XDP_ZEROCOPY;
 		if (flags & SL_XSK_COPY)
 			address.sxdp_flags |= XDP_COPY;
+		if (flags & SL_XSK_SG)
+			address.sxdp_flags |= XDP_USE_SG;
 	}
 	return bind(fd, (struct sockaddr *)&address, sizeof(address)) ? -errno : 0;
 }

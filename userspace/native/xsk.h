@@ -31,6 +31,7 @@ struct sl_xsk_statistics {
 #define SL_XSK_ZEROCOPY 1
 #define SL_XSK_COPY 2
 #define SL_XSK_SHARED 4
+#define SL_XSK_SG 8
 
 /* All return 0 (or what is said) or -errno. */
 
@@ -47,8 +48,9 @@ int sl_xsk_transmit_ring(int fd, uint32_t size);
 int sl_xsk_fill(int fd, uint32_t ring_size, uint32_t count, uint32_t frame_size);
 
 /*
- * flags: SL_XSK_ZEROCOPY, SL_XSK_COPY (with need_wakeup, always), or SL_XSK_SHARED with the first
- * socket's descriptor.  -EBUSY right after another socket on the queue was closed:
+ * flags: SL_XSK_ZEROCOPY, SL_XSK_COPY (with need_wakeup, always), both with SL_XSK_SG where
+ * packets may be in several frames (Linux 6.6), or SL_XSK_SHARED with the first socket's
+ * descriptor, whose flags it shares.  -EBUSY right after another socket on the queue was closed:
  * the kernel frees the queue a moment later, try again.
  */
 int sl_xsk_bind(int fd, uint32_t ifindex, uint32_t queue, uint32_t flags, int shared_fd);
