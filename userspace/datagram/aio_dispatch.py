@@ -24,6 +24,7 @@ from userspace.datagram.lanes import Lanes
 from userspace.datagram.mmsg import MmsgLanes
 from userspace.datagram.portable import PortableLanes
 from userspace.datagram.sockets import SocketAddress, pack_name
+from userspace.datagram.xsk_lanes import XskLanes
 from userspace.native._native import ffi
 from xdp.errors import BusyError, UsageError
 
@@ -89,7 +90,7 @@ def arrival_ports(batch: Batch) -> Iterable[int]:
     """The destination port of each packet: that of its socket, or of its UDP header."""
     backend = batch.backend
     if isinstance(backend, (MmsgLanes, PortableLanes)):
-        ports = backend.ports
+        ports = backend.port_of_socket
         return [ports[number] for number in ffi.unpack(batch.memory.sizes, len(batch))]
     data = batch.data
     # A packet that is no UDP has no such header; its source is unknown, too.
@@ -97,11 +98,21 @@ def arrival_ports(batch: Batch) -> Iterable[int]:
     return [data[start] << 8 | data[start + 1] for start in starts]
 
 
+def kernel_lanes(lanes: Lanes) -> MmsgLanes | PortableLanes | None:
+    """Those with the kernel sockets of the service ports."""
+    if isinstance(lanes, XskLanes):
+        return lanes.companion.lanes if lanes.companion is not None else None
+    return lanes if isinstance(lanes, (MmsgLanes, PortableLanes)) else None
+
+
 class Receiver(Protocol):
     """What an endpoint is to its dispatcher."""
 
     def received(self, data: bytes, name: Name) -> bool:
         """A datagram; False: it is not for this endpoint."""
+
+    def refused(self, error: OSError, name: Name) -> None:
+        """The network says that a datagram from here to ``name`` has not arrived."""
 
     def lost(self, error: Exception) -> None:
         """The lanes are of no use any more."""
@@ -130,6 +141,7 @@ class Dispatcher:
         self.lanes = lanes
         self.outlet: Outlet = outlet_of(lanes)
         self.endpoints: dict[int, Receiver] = {}
+        self._kernel = kernel_lanes(lanes)
         self._names: dict[bytes, Name] = {}
         self._peers: dict[Name, Peer] = {}
         self._received = self._delivered = self._refused = self._unreadable = 0
@@ -195,6 +207,16 @@ class Dispatcher:
         with batch:
             if batch:
                 self._deliver(batch)
+        self._tell_errors()
+
+    def _tell_errors(self) -> None:
+        if self._kernel is None or self._kernel._closed:
+            return
+        for reported in self._kernel._take_errors(look=False):
+            endpoint = self.endpoints.get(reported.service_port)
+            # Of what this host could not send, its sender was told.
+            if endpoint is not None and reported.origin != "local":
+                endpoint.refused(reported.error, reported.name)
 
     def _deliver(self, batch: Batch) -> None:
         data, endpoints, names = batch.data, self.endpoints, self._names

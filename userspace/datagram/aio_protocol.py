@@ -30,16 +30,14 @@ from userspace.datagram.aio_dispatch import (
     Gathered,
     Name,
     Peer,
+    kernel_lanes,
     make_peer,
     name_of,
 )
 from userspace.datagram.aio_send import FULL, RETRY, RETRY_MAXIMUM
 from userspace.datagram.lanes import Lanes
-from userspace.datagram.mmsg import MmsgLanes
-from userspace.datagram.portable import PortableLanes
 from userspace.datagram.socket_statistics import SendFailure
 from userspace.datagram.sockets import socket_ports
-from userspace.datagram.xsk_lanes import XskLanes
 from xdp.errors import UnsupportedError, UsageError
 
 __all__ = ["EndpointStatistics", "LaneTransport", "open_endpoint"]
@@ -117,6 +115,11 @@ class LaneTransport(asyncio.DatagramTransport):
         except Exception as error:  # noqa: BLE001 - one datagram of many, and the program's own
             self._complain("datagram_received raised", error)
         return True
+
+    def refused(self, error: OSError, name: Name) -> None:
+        """See Receiver."""
+        if not self._over and self._remote_name in {None, name}:
+            self._call("error_received", error)
 
     def _complain(self, what: str, error: Exception) -> None:
         context = {"message": what, "exception": error, "transport": self, "protocol": self._protocol}
@@ -421,15 +424,8 @@ async def open_endpoint(
     return transport, protocol
 
 
-def _kernel_lanes(lanes: Lanes) -> MmsgLanes | PortableLanes | None:
-    """Those with the kernel sockets of the service ports."""
-    if isinstance(lanes, XskLanes):
-        return lanes.companion.lanes if lanes.companion is not None else None
-    return lanes if isinstance(lanes, (MmsgLanes, PortableLanes)) else None
-
-
 def _socket_of(lanes: Lanes, port: int) -> TransportSocket | None:
-    kernel = _kernel_lanes(lanes)
+    kernel = kernel_lanes(lanes)
     if kernel is not None:
         for service in kernel._sockets:
             if service.port == port:
@@ -439,7 +435,7 @@ def _socket_of(lanes: Lanes, port: int) -> TransportSocket | None:
 
 def _check_port(lanes: Lanes, port: int) -> None:
     """As far as it can be told: AF_XDP lanes without companion sockets do not know the policy."""
-    kernel = _kernel_lanes(lanes)
+    kernel = kernel_lanes(lanes)
     if kernel is None:
         allowed: Sequence[int] = range(1, 1 << 16)
     else:

@@ -235,7 +235,7 @@ class KernelOutlet:
         memory = batch.surrender()
         if memory is None:
             return
-        ports = lanes.ports
+        ports = lanes.port_of_socket
         back = self._back_mmsg if isinstance(lanes, MmsgLanes) else self._back_portable
         try:
             await persist(

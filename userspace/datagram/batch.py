@@ -23,7 +23,9 @@ from xdp.errors import UsageError
 if TYPE_CHECKING:
     from userspace.native._native import CData
 
-__all__ = ["SOURCE_SIZE", "Abandoned", "Address", "Batch", "BatchBackend", "worth_lingering"]
+__all__ = [
+    "SOURCE_SIZE", "Abandoned", "Address", "Batch", "BatchBackend", "TakesBack", "unpack_source",
+]  # fmt: skip
 
 Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -34,15 +36,27 @@ _gather = lib.sl_batch_gather
 _kept: list[CData] = []
 
 
-def worth_lingering(last: int, maximum: int) -> bool:
-    """Whether packets come so fast that waiting a moment makes a larger batch.
+def unpack_source(source: CData, index: int) -> tuple[Address, int]:
+    """Address and port of a ``struct sl_source``, that of packet ``index``."""
+    packed = bytes(source.address)
+    if source.family == 4:
+        return ipaddress.IPv4Address(packed[12:]), source.port
+    if source.family == 6:
+        address = ipaddress.IPv6Address(packed)
+        if source.scope:
+            address = ipaddress.IPv6Address(f"{address}%{source.scope}")
+        return address, source.port
+    raise ValueError(f"packet {index} has no IP and UDP header that could be read")
 
-    The ``last`` batch had at least an eighth of the ``maximum``; a full one says that more is there already.
-    """
-    return maximum <= last * 8 < maximum * 8
+
+class TakesBack(Protocol):
+    """Whoever gets back what is in a ``struct sl_batch``."""
+
+    def take_back(self, memory: CData) -> None:
+        """It is done with; raises when the buffers are not what was handed out."""
 
 
-class BatchBackend(Protocol):
+class BatchBackend(TakesBack, Protocol):
     """What a batch needs of whoever filled it.  ``memory`` is a ``struct sl_batch *``."""
 
     def fill_columns(self, memory: CData) -> None:
@@ -50,9 +64,6 @@ class BatchBackend(Protocol):
 
     def fill_sources(self, memory: CData) -> None:
         """Make ``sources`` true; called once, when the first is asked for."""
-
-    def take_back(self, memory: CData) -> None:
-        """The batch is done with; raises when the buffers are not what was handed out."""
 
     def abandon(self, abandoned: Abandoned) -> None:
         """A batch was garbage collected without being released.
@@ -67,7 +78,7 @@ class Abandoned:
 
     __slots__ = ("_backend", "_memory", "_watch")
 
-    def __init__(self, backend: BatchBackend, memory: CData, watch: Watch | None) -> None:
+    def __init__(self, backend: TakesBack, memory: CData, watch: Watch | None) -> None:
         self._backend = backend
         self._memory: CData | None = memory
         self._watch = watch
@@ -246,16 +257,7 @@ class Batch:
         Raises ValueError where the packet's headers do not tell.
         """
         index = self._index(index)
-        source = self._sourced().sources[index]
-        packed = bytes(source.address)
-        if source.family == 4:
-            return ipaddress.IPv4Address(packed[12:]), source.port
-        if source.family == 6:
-            address = ipaddress.IPv6Address(packed)
-            if source.scope:
-                address = ipaddress.IPv6Address(f"{address}%{source.scope}")
-            return address, source.port
-        raise ValueError(f"packet {index} has no IP and UDP header that could be read")
+        return unpack_source(self._sourced().sources[index], index)
 
     @property
     def data(self) -> memoryview:

@@ -6,7 +6,7 @@ what became of them comes back.
 
     queue.add(target, payload, priority, now)
     while reason := queue.due(now):
-        batch = queue.take(reason)
+        batch = queue.take(reason, now)
         ...                               # send batch.payloads to batch.targets
         queue.settle(batch, now, calls=1, unsent={3: errno.EAGAIN})
 
@@ -16,6 +16,10 @@ priorities may share one, and none waits while a lower one goes out.
 What finds no room stays in its place and is tried again after a moment.  When nothing behind it was sent
 either, the lanes are full: all waits until then.  Else only its way is (a transmit ring, a socket): its
 destinations are held until then, and the others go on.
+
+With a ``gate`` (:mod:`userspace.datagram.flow_gate`) destinations are held for another reason, too: their
+flow control does not let the next packet leave yet.  It is asked when a packet is to be taken, and not again
+until the time that it gave, or :meth:`BatchQueue.reconsider`.  So a batch may turn out empty.
 """
 
 from __future__ import annotations
@@ -25,14 +29,19 @@ import itertools
 import mmap
 from collections import deque
 from collections.abc import Mapping
-from typing import Final, NamedTuple, cast
+from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 from typing_extensions import Buffer
 
+from userspace.datagram.batch_holds import NO_FLOW, Hold, Holds
 from userspace.datagram.batch_statistics import BatchCounters, BatchStatistics, PacketFailure, Reason
 from userspace.datagram.batch_targets import Target
+from userspace.datagram.destination import Endpoint
 from userspace.native._native import lib
 from xdp.errors import UsageError
+
+if TYPE_CHECKING:
+    from userspace.datagram.flow_gate import FlowGate
 
 BATCH_SIZE: Final = 64  # packets: as many as one sendmmsg call takes here
 BATCH_TIMEOUT: Final = 0.005  # seconds that a packet waits for company
@@ -87,6 +96,7 @@ class BatchQueue:
         priorities: int = PRIORITIES,
         maximum_age: float = MAXIMUM_AGE,
         retry: float = RETRY,
+        gate: FlowGate | None = None,
     ) -> None:
         for name, value, least, most in (
             ("batch_size", batch_size, 1, lib.SL_BATCH_MAX),
@@ -131,9 +141,11 @@ class BatchQueue:
         #: when a batch is due if nothing is added; infinite while nothing waits
         self.due_at = _NEVER
         self._size_at = buffers - batch_size  # so few free buffers make a batch due; negative: no number
-        self._blocked = False  # the lanes are full
-        self._held: set[Target] = set()  # their ways are; never while blocked
-        self._retry_at = _NEVER  # when either is tried again
+        self._blocked_until: float | None = None  # the lanes are full
+        self._held = Holds()  # their ways are, or their windows
+        self._refused: list[Endpoint] = []  # those that the gate has held since the batch was taken
+        self._retry_at = _NEVER  # when the next of all that is tried again
+        self._gate = gate
         self._counters = BatchCounters(batch_size)
         #: the latest, as many as there are buffers
         self.failures: deque[PacketFailure] = deque(maxlen=buffers)
@@ -158,6 +170,9 @@ class BatchQueue:
             self._memory[start : start + size] = payload
         except (IndexError, TypeError, BufferError):  # wrong, or no buffer, or items longer than a byte
             size = self._checked(payload, priority)
+            if not free and self._held and self._gate is not None:
+                self._expire(now)  # nobody may have looked since flow control let them wait
+                self._plan()
             if not free and not self._give_way(priority):
                 self._counters.refused += 1
                 return False
@@ -171,16 +186,28 @@ class BatchQueue:
         queue.append(slot)
         self._counters.queued += 1
         if self._held:
-            self._add_beside_held(target, now)
-        if len(free) <= self._size_at:
+            self._add_beside_held(slot, priority, now)
+        elif len(free) <= self._size_at:
             self.due_at = now
         elif self.due_at is _NEVER:
             self.due_at = now + self._timeout
         return True
 
-    def _add_beside_held(self, target: Target, now: float) -> None:
-        if target in self._held:
+    def _add_beside_held(self, slot: int, priority: int, now: float) -> None:
+        """The rest of add(): when a batch is due, while destinations are held."""
+        if self._blocked_until is not None:
+            return
+        endpoint = self._targets[slot].endpoint
+        hold = self._held.get(endpoint)
+        if hold is not None:
             self._size_at -= 1
+            hold.count += 1
+            hold.oldest = min(hold.oldest, now)
+            if priority < hold.priority:  # it leaves before the one that could not: ask for this one
+                hold.priority, hold.size = priority, self._lengths[slot]
+                self.reconsider(endpoint, now)
+        elif len(self.free) <= self._size_at:
+            self.due_at = now
         else:
             self.due_at = min(self.due_at, now + self._timeout)
 
@@ -224,7 +251,7 @@ class BatchQueue:
     @property
     def ready(self) -> int:
         """How many of them :meth:`take` would give, in batches."""
-        return 0 if self._blocked else self.batch_size + self._size_at - len(self.free)
+        return 0 if self._blocked_until is not None else self.batch_size + self._size_at - len(self.free)
 
     def next_flush(self) -> float | None:
         """When a batch will be due if nothing is added; None: never.  In the past: it is due."""
@@ -240,20 +267,24 @@ class BatchQueue:
 
     # --- out
 
-    def take(self, reason: Reason) -> OutgoingBatch:
+    def take(self, reason: Reason, now: float) -> OutgoingBatch:
         """The next batch, due or not; the packets wait until it is settled.
 
-        Without what is held, but for "retry" and after :meth:`unblock`.
+        Without what is held, but for what is to be tried again by ``now`` ("retry").  Empty when the gate
+        lets nothing pass.
         """
         if reason == "retry":
-            self.unblock()
-        left, held = self.batch_size, self._held
+            self._blocked_until = None
+            self._held.release(now)
+        left, held, gate = self.batch_size, self._held, self._gate
+        while self._refused:  # of a batch that nobody settled: the gate raised
+            self._held.pop(self._refused.pop(), None)
+        if gate is not None:
+            gate.begin(now)
         slots: list[int] = []
         parts: list[tuple[int, int]] = []
         for priority, queue in enumerate(self._queues):
-            some = queue[:left]
-            if held:
-                some = list(itertools.islice((one for one in queue if self._targets[one] not in held), left))
+            some = self._passing(queue, priority, left) if held or gate is not None else queue[:left]
             if some:
                 parts.append((priority, len(some)))
                 slots += some
@@ -269,11 +300,36 @@ class BatchQueue:
             parts,
         )
 
+    def _passing(self, queue: list[int], priority: int, left: int) -> list[int]:
+        """As many of a queue, in order, as are not held; holds what the gate does not let pass."""
+        held, gate, targets = self._held, self._gate, self._targets
+        some: list[int] = []
+        passed_over: set[Target] = set()  # in which to look costs less than in what is held
+        for slot in queue:
+            target = targets[slot]
+            if target in passed_over:
+                continue
+            endpoint = target.endpoint
+            if endpoint in held:
+                passed_over.add(target)
+                continue
+            if gate is not None and not gate.passes(endpoint, self._lengths[slot]):
+                # Until when is seen when this batch has gone: it may have packets for there.
+                held[endpoint] = Hold(_NEVER, priority, self._lengths[slot])
+                self._refused.append(endpoint)
+                passed_over.add(target)
+                continue
+            some.append(slot)
+            if len(some) == left:
+                break
+        return some
+
     def settle(self, batch: OutgoingBatch, now: float, *, calls: int, unsent: Mapping[int, int]) -> None:
         """What has become of the batch that was taken last: ``unsent`` has index and errno of the others.
 
         What found no room (EAGAIN, ENOBUFS) stays where it was, and is tried again after ``retry`` seconds.
-        Whatever is older than ``maximum_age`` when something finds no room is dropped.
+        Whatever is older than ``maximum_age`` when something finds no room, or the gate lets something wait,
+        is dropped.
         """
         sent = batch.slots
         if unsent or self._held:
@@ -282,24 +338,71 @@ class BatchQueue:
             for priority, count in batch.parts:
                 del self._queues[priority][:count]
         self.free += sent
-        self._counters.batch(
-            batch.reason,
-            calls,
-            now,
-            [self._times[slot] for slot in sent],
-            [self._lengths[slot] for slot in sent],
-        )
+        if batch.slots:
+            self._counters.batch(
+                batch.reason,
+                calls,
+                now,
+                [self._times[slot] for slot in sent],
+                [self._lengths[slot] for slot in sent],
+            )
         kept = [index for index, error in unsent.items() if error in NO_ROOM]
+        if self._gate is not None:
+            self._tell(self._gate, batch, now, unsent)
         if kept:
             first = min(kept)
+            until = now + self._retry
+            endpoints = {batch.targets[index].endpoint for index in kept}
             if len(batch.slots) - first > sum(index >= first for index in unsent):
-                self._held.update(batch.targets[index] for index in kept)
+                self._held.update({endpoint: Hold(until) for endpoint in endpoints})
             else:
-                self._blocked = True
-                self._held.clear()
-            self._retry_at = min(self._retry_at, now + self._retry)
+                self._blocked_until = until
+                for endpoint in endpoints:  # flow control held what comes after these
+                    self._held.pop(endpoint, None)
+        if kept or self._refused:
             self._expire(now)
+            self._refused.clear()
         self._plan()
+
+    def _tell(self, gate: FlowGate, batch: OutgoingBatch, now: float, unsent: Mapping[int, int]) -> None:
+        """The gate what became of a batch; and ask it how long those wait that it did not let pass."""
+        # To whom nothing is left: they are sent less than they could take.
+        done = {target.endpoint for target in batch.targets}
+        for slot in itertools.chain(*self._queues):
+            if not done:
+                break
+            done.discard(self._targets[slot].endpoint)
+        gate.settle(batch, now, unsent, times=self._times, done=done)
+        for endpoint in self._refused:
+            self._ask(endpoint, now)
+
+    def _ask(self, endpoint: Endpoint, now: float) -> None:
+        """Until when flow control holds a destination that is held."""
+        assert self._gate is not None
+        hold = self._held[endpoint]
+        hold.until = self._gate.next_send_time(endpoint, hold.size, now)
+        if hold.until <= now:
+            del self._held[endpoint]
+
+    def reconsider(self, endpoint: Endpoint, now: float) -> None:
+        """Flow control may let packets to a destination pass now: an acknowledgement came, say."""
+        hold = self._held.get(endpoint)
+        if hold is None or hold.priority == NO_FLOW:
+            return
+        before = hold.until
+        self._ask(endpoint, now)
+        if self._blocked_until is not None:
+            return  # when that ends, all is looked at
+        if endpoint not in self._held:
+            self._size_at += hold.count
+            if hold.count:
+                due = now if len(self.free) <= self._size_at else hold.oldest + self._timeout
+                self.due_at = min(self.due_at, due)
+        if before < _NEVER:
+            self._plan()
+        elif hold.until < self._retry_at and endpoint in self._held:
+            self._retry_at = hold.until
+            self.due_at = min(self.due_at, hold.until)
 
     def _sort_out(self, batch: OutgoingBatch, unsent: Mapping[int, int]) -> list[int]:
         """The slots that were sent.  Those, and what failed, are in no queue any more."""
@@ -343,24 +446,26 @@ class BatchQueue:
 
     def _plan(self) -> None:
         """When the next batch is due."""
-        if self._blocked and self.waiting:
-            self._size_at, self.due_at = -1, self._retry_at
-            return
-        self._blocked = False
-        ready = self._queues
-        if self._held:
-            ready = [[one for one in queue if self._targets[one] not in self._held] for queue in ready]
-        held = self.waiting - sum(map(len, ready))
-        if not held:
+        if len(self.free) == self._buffers:
+            self._blocked_until = None
             self._held.clear()
-            self._retry_at = _NEVER
-        self._size_at = self._buffers - self.batch_size - held
+        if self._blocked_until is not None:
+            self._size_at, self.due_at = -1, self._blocked_until
+            self._retry_at = self._blocked_until
+            return
+        held, ready = self._held, self._queues
+        if held:
+            ready = held.sort(ready, self._targets, self._times)
+        self._retry_at = held.until if held else _NEVER
+        self._size_at = self._buffers - self.batch_size - (held.count if held else 0)
         oldest = min([self._times[queue[0]] for queue in ready if queue], default=_NEVER)
-        self.due_at = _NEVER if oldest == self._retry_at else min(oldest + self._timeout, self._retry_at)
+        due = oldest if len(self.free) <= self._size_at else oldest + self._timeout
+        # add() knows _NEVER by its identity: of equals min gives the first.
+        self.due_at = min(_NEVER, due, self._retry_at)
 
     def unblock(self) -> None:
-        """Try all again: what found no room is ready as before."""
-        self._blocked = False
+        """Try all again: what found no room is ready as before, and the gate is asked anew."""
+        self._blocked_until = None
         self._held.clear()
         self._plan()
 

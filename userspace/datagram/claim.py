@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from userspace.datagram.pinned import sweep_pins
+from xdp.connection_state import CONNECTIONS
 from xdp.errors import SluiceError
+from xdp.flow_state import FLOWS
 from xdp.interface import Tuning
 from xdp.inventory import namespace_inode
 from xdp.journal import Journal
-from xdp.owner_state import OwnerState, state_path, write_state
+from xdp.owner_state import OwnerState, Tuned, state_path, write_state
 from xdp.state import InterfaceLock, prepare, sweep
 
 
@@ -30,6 +32,9 @@ class Claim:
         run = prepare()
         sweep_pins()
         sweep(run)
+        with contextlib.suppress(OSError):  # nothing depends on it
+            FLOWS.make(run)
+            CONNECTIONS.make(run)
         self._lock = InterfaceLock.take(interface, ifindex)
         try:
             self._journal = Journal.open(ifindex)
@@ -48,6 +53,11 @@ class Claim:
         """Change settings, each written down before; on failure those already changed stay written down."""
         for setting, value in tuning.values(interface):
             self._journal.set(interface, setting, value)
+
+    @property
+    def changed(self) -> tuple[Tuned, ...]:
+        """What the journal has: changed by us, to be put back."""
+        return tuple(Tuned(one.key, one.before, one.after) for one in self._journal.changes)
 
     def write(self, state: OwnerState) -> None:
         """Write the state file, under the interface's present name."""

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 from userspace.native._native import ffi, lib
 from xdp._libbpf import ffi as table_ffi
 from xdp.abi import REASONS, Address, pack_address
-from xdp.errors import SluiceError
+from xdp.errors import SluiceError, UsageError
 from xdp.policy import Policy
-from xdp.tables import Tables, compile_policy
+from xdp.tables import Tables, check_times, compile_policy, hold_limit
 
 if TYPE_CHECKING:
     from userspace.native._native import CData
@@ -70,6 +70,25 @@ class DatagramClassifier:
             raise _out_of_memory()
         self.policy = policy
 
+    def hold(
+        self, address: Address, packets_per_second: int, burst: int, *, until_ns: int, now_ns: int
+    ) -> None:
+        """Hold a configured peer at a rate until a time, as :meth:`xdp.holds.PeerHolds.hold` does.
+
+        Raises UsageError for a stranger and for what is out of range.
+        """
+        check_times(until_ns, now_ns)
+        self._hold(address, (*hold_limit(packets_per_second, burst), until_ns, 0, 0), now_ns)
+
+    def release(self, address: Address) -> None:
+        """End the hold of a configured peer.  Raises UsageError for a stranger."""
+        self._hold(address, (0, 0, 0, 0, 0), 0)
+
+    def _hold(self, address: Address, fields: tuple[int, ...], now_ns: int) -> None:
+        held = ffi.new("struct sluice_hold *", fields)
+        if lib.sl_classifier_hold(self.native, _raw_address(address), held, now_ns):
+            raise UsageError(f"{address} is no configured peer, and only those can be held")
+
     @property
     def strangers(self) -> int:
         """How many addresses outside of the configured peers are remembered."""
@@ -88,13 +107,17 @@ class DatagramClassifier:
 
     def peer(self, address: Address) -> dict[str, int] | None:
         """Counters of one sender, or None when it was never seen or is forgotten."""
-        raw = ffi.new("struct sluice_address *")
-        ffi.memmove(raw, pack_address(address), ffi.sizeof("struct sluice_address"))
-        peer = lib.sl_classifier_peer(self.native, raw)
+        peer = lib.sl_classifier_peer(self.native, _raw_address(address))
         if peer == ffi.NULL:
             return None
         names = ("id", "packets", "bytes", "drops", "tat_ns", "last_seen_ns", "first_seen_ns")
         return {name: getattr(peer, name) for name in names}
+
+
+def _raw_address(address: Address) -> CData:
+    raw = ffi.new("struct sluice_address *")
+    ffi.memmove(raw, pack_address(address), ffi.sizeof("struct sluice_address"))
+    return raw
 
 
 def _source(compiled: Tables, ports: CData) -> CData:

@@ -18,15 +18,20 @@ import msgspec
 
 from userspace.native._native import lib
 from xdp.errors import UsageError
+from xdp.policy_model import Pin
 
 #: From best to worst; what ``status`` and ``minimum_mode`` say.
 Mode = Literal["native-zero-copy", "native-copy", "generic-copy", "mmsg", "portable"]
 
 #: Of the message; another version is refused.
-VERSION = 2
+VERSION = 3
 
 #: The kernel's limits (net/xdp/xdp_umem.c: a chunk is 2048 bytes to one page).
 FRAME_SIZES = (2048, 4096)
+
+#: Frames that a packet may take, as far as the kernel's code goes (native/queue_private.h): what a lane's
+#: ring and quota have room for where there are jumbo frames.
+JUMBO_FRAMES = 64
 
 #: Offsets within a queue's memory have 32 bits.
 MAXIMUM_AREA = 1 << 32
@@ -52,7 +57,10 @@ class LaneSpec(_Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Geometry(_Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Sizes that all queues share: frames in bytes, rings in entries (powers of 2)."""
+    """Sizes that all queues share: frames in bytes, rings in entries (powers of 2).
+
+    ``longest``: bytes of the longest packet in several frames with its headers; 0: each is in one.
+    """
 
     frame_size: int
     fill_frames: int
@@ -60,6 +68,7 @@ class Geometry(_Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     fill_ring: int
     completion_ring: int
     transmit_ring: int
+    longest: int = 0
 
     @property
     def area(self) -> int:
@@ -95,6 +104,7 @@ class _Message(_Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     counters: int | None
     companions: tuple[tuple[int, int], ...]
     refused: tuple[Refusal, ...]
+    pin: Pin | None = None
 
 
 class QueueDescriptors:
@@ -118,7 +128,7 @@ class LaneDescriptors:
 
     Whoever holds it owns the descriptors: close it, or attach it (which takes
     them over).  ``companions`` are (port, descriptor) of kernel UDP sockets,
-    ``counters`` the program's counters map.
+    ``counters`` the program's counters map, ``pin`` what the policy says of its readers' CPUs.
     """
 
     def __init__(
@@ -134,6 +144,7 @@ class LaneDescriptors:
         counters: int | None = None,
         companions: Sequence[tuple[int, int]] = (),
         refused: Sequence[Refusal] = (),
+        pin: Pin | None = None,
     ) -> None:
         self.interface = interface
         self.ifindex = ifindex
@@ -145,6 +156,7 @@ class LaneDescriptors:
         self.counters = counters
         self.companions = tuple(companions)
         self.refused = tuple(refused)
+        self.pin = pin
         self._open = True
 
     def __repr__(self) -> str:
@@ -187,6 +199,7 @@ class LaneDescriptors:
             counters=None if self.counters is None else next(place),
             companions=tuple((port, next(place)) for port, _ in self.companions),
             refused=self.refused,
+            pin=self.pin,
         )
         plain: dict[str, Any] = msgspec.to_builtins(message)
         return plain, descriptors
@@ -240,6 +253,7 @@ class LaneDescriptors:
             counters=None if parsed.counters is None else descriptors[parsed.counters],
             companions=[(port, descriptors[index]) for port, index in parsed.companions],
             refused=parsed.refused,
+            pin=parsed.pin,
         )
 
     def take_companions(self) -> tuple[tuple[int, int], ...]:
@@ -286,8 +300,31 @@ def _check_sizes(frame_size: int, reserve: int, transmit_ring: int) -> None:
         raise ValueError(f"reserve of {reserve}; allowed: 0 to 1048576 frames")
 
 
+def _check_jumbo(lanes: Sequence[LaneSpec], longest: int) -> None:
+    if not 0 <= longest <= lib.SL_LONGEST:
+        raise ValueError(f"packets of {longest} bytes; allowed: up to {lib.SL_LONGEST}")
+    for lane in lanes if longest else ():
+        if min(lane.ring, lane.quota) < JUMBO_FRAMES:
+            raise ValueError(
+                f"lane {lane.name}: ring of {lane.ring} and quota of {lane.quota}; "
+                f"with jumbo frames both are at least {JUMBO_FRAMES}"
+            )
+
+
+def _slots(lanes: Sequence[LaneSpec], longest: int) -> int:
+    """Bytes at most of the room where packets in several frames are put together (native/queue_chain.c)."""
+    if not longest:
+        return 0
+    return sum(lane.quota // 2 for lane in lanes) * (longest + 63) + (4 << 20)
+
+
 def plan_geometry(
-    lanes: Sequence[LaneSpec], *, frame_size: int = 2048, reserve: int = 1024, transmit_ring: int = 2048
+    lanes: Sequence[LaneSpec],
+    *,
+    frame_size: int = 2048,
+    reserve: int = 1024,
+    transmit_ring: int = 2048,
+    longest: int = 0,
 ) -> Geometry:
     """Sizes of a queue with these lanes.
 
@@ -298,6 +335,7 @@ def plan_geometry(
     try:
         check_lanes(lanes)
         _check_sizes(frame_size, reserve, transmit_ring)
+        _check_jumbo(lanes, longest)
     except ValueError as error:
         raise UsageError(f"these lanes can't be opened: {error}", hint="see [rings] in the policy") from error
     fill_frames = sum(lane.ring + lane.quota for lane in lanes) + reserve
@@ -310,10 +348,12 @@ def plan_geometry(
         fill_ring=1 << (2 * fill_frames - 1).bit_length(),
         completion_ring=2 * transmit_ring,
         transmit_ring=transmit_ring,
+        longest=longest,
     )
-    if geometry.area >= MAXIMUM_AREA:
+    needed = geometry.area + _slots(lanes, longest)
+    if needed >= MAXIMUM_AREA:
         raise UsageError(
-            f"rings and quotas need {geometry.area >> 20} MiB a queue; 4096 MiB is the most",
+            f"rings and quotas need {needed >> 20} MiB a queue; 4096 MiB is the most",
             hint="make rings or quotas under [rings] or [[lane]] in the policy smaller",
         )
     return geometry

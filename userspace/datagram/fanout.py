@@ -75,7 +75,7 @@ def outgoing(payloads: Buffer | Sequence[Buffer], count: int) -> Outgoing:
     if isinstance(payloads, (bytes, bytearray, memoryview)):
         base = ffi.from_buffer("uint8_t[]", payloads)
         size = len(base)
-        return Outgoing(base, size, _zeros(count), _same(size, count), size)
+        return Outgoing(base, size, _zeros(count), same_lengths(size, count), size)
     try:
         joined = b"".join(payloads)  # type: ignore[arg-type]
         lengths = array("I", [memoryview(payload).nbytes for payload in payloads])  # type: ignore[union-attr]
@@ -93,5 +93,6 @@ def _zeros(count: int) -> CData:
 
 
 @functools.lru_cache(maxsize=256)
-def _same(length: int, count: int) -> CData:
+def same_lengths(length: int, count: int) -> CData:
+    """A column of one number."""
     return ffi.new("uint32_t[]", [length] * count)

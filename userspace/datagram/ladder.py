@@ -79,6 +79,7 @@ class Sizes:
     frame_size: int
     reserve: int
     transmit_ring: int
+    longest: int = 0
 
 
 def open_best(
@@ -113,6 +114,7 @@ def open_best(
                 frame_size=sizes.frame_size,
                 reserve=sizes.reserve,
                 transmit_ring=sizes.transmit_ring,
+                longest=sizes.longest,
             )
         except UnsupportedError as error:
             refused.append(Refusal(mode=rung, reason=str(error)))
@@ -122,10 +124,16 @@ def open_best(
 
 
 def probe(
-    interface: str, attached: AttachMode, minimum: Rung, *, known: Sequence[Refusal] = ()
+    interface: str,
+    attached: AttachMode,
+    minimum: Rung,
+    *,
+    longest: int = 0,
+    known: Sequence[Refusal] = (),
 ) -> tuple[Mode, list[Refusal]]:
     """Which rung the queues allow, found out with the smallest sockets there are, closed again.
 
+    ``longest`` is that of ``open_queues``: drivers may lack packets in several frames in one mode only.
     ``known`` refusals are not asked for. Raises NoModeError; a queue that somebody else uses is BusyError.
     """
     try:
@@ -135,7 +143,7 @@ def probe(
             minimum,
             # One page of frames would do; drivers with zero-copy want a ring's worth to start a queue.
             [LaneSpec(number=0, name="probe", ring=64, quota=64, share=0.0)],
-            Sizes(frame_size=2048, reserve=0, transmit_ring=64),
+            Sizes(frame_size=2048, reserve=0, transmit_ring=64, longest=longest),
             queues=None,
             cookie=0,
             known=known,

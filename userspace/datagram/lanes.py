@@ -13,8 +13,9 @@ from the owner of an interface, which does not;
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Sequence
+import sys
+import warnings
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -32,8 +33,11 @@ from userspace.datagram.mmsg import MmsgLanes
 from userspace.datagram.opening import Wanted, lane_specs, rungs
 from userspace.datagram.owned_lanes import open_owned
 from userspace.datagram.owner import Owner
+from userspace.datagram.pin import Where
 from userspace.datagram.portable import PortableLanes
+from userspace.datagram.socket_errors import SocketError
 from userspace.datagram.socket_statistics import SendFailure
+from userspace.datagram.workers import open_selected_lanes
 from userspace.datagram.xsk_lanes import XskLanes
 from xdp.errors import PermissionsError, SluiceError, UnsupportedError, UsageError
 from xdp.policy import Policy
@@ -68,8 +72,8 @@ class Lanes(Protocol):
     def receive(self, maximum: int = 256, timeout: float | None = None, *, linger: float = 0.0) -> Batch:
         """At most ``maximum`` packets, waiting up to ``timeout`` seconds for the first.
 
-        With ``linger``, as long as packets come fast, each call first sleeps that many seconds
-        so that batches get larger.
+        With ``linger``, as long as packets come so fast that two are expected in that many seconds, each
+        call first sleeps that long so that batches get larger.
         """
 
     def try_receive(self, maximum: int = 256) -> Batch:
@@ -111,11 +115,25 @@ class Lanes(Protocol):
         Used up all the same, with InterfaceGoneError or ValueError (lanes closed).
         """
 
+    def socket_errors(self) -> tuple[SocketError, ...]:
+        """Errors of sent datagrams that were reported since the last call, oldest first: a closed port, say.
+
+        Over AF_XDP the companion sockets hear of them, also for frames; without those there are none.
+        """
+
     def status(self) -> dict[str, object]:
         """What is in use and why nothing better, JSON-able."""
 
     def statistics(self) -> object:
         """Counters, of the backend's own kind."""
+
+    def pin(self, where: Where = "policy") -> tuple[int, ...]:
+        """Keep the calling thread on one CPU until the lanes are closed; the CPUs that it may use now.
+
+        "policy": as ``[tuning] pin`` says, or "auto"; "auto": near the queue's interrupts; a
+        CPU; or CPUs, that of queue 0 first.  Raises UsageError (no such CPU), UnsupportedError
+        ("auto" where there are no interrupts: veth, kernel sockets).
+        """
 
     def close(self) -> None:
         """Close everything; may be called again."""
@@ -155,6 +173,7 @@ def open_lanes(
     queues: Sequence[int] | None = None,
     skip_busy_ports: bool = False,
     wait: float = 0.0,
+    pin: Where | None = None,
 ) -> Lanes:
     """Open the lanes of a policy in this process, in the best mode that can be had, or get an owner's.
 
@@ -170,11 +189,35 @@ def open_lanes(
     :class:`~userspace.datagram.owned_lanes.OwnedLanes`.  ``wait`` is how many seconds to wait
     for the owner's interface if that is gone.
 
+    ``pin`` pins the calling thread, as ``lanes.pin`` does: "policy", "auto", a CPU, or CPUs by queue.
+
+    Where the policy asks for busy polling and it can't be had, a RuntimeWarning says why.
+
     Raises UsageError, PolicyError, BusyError (another program on the interface, other
     sockets on a queue, a port taken), PermissionsError and UnsupportedError (no allowed mode works);
     with ``owner`` also NotLoadedError (nobody serves there), InterfaceGoneError and OwnerGoneError.
     """
     companions: Companions = "free" if skip_busy_ports else "all"
+    lanes = _open(policy, interface, owner, mode, queues, companions, wait)
+    if pin is not None:
+        try:
+            lanes.pin(pin)
+        except BaseException:
+            lanes.close()
+            raise
+    return lanes
+
+
+def _open(
+    policy: Policy | str | Path | None,
+    interface: str | None,
+    owner: str | Path | None,
+    mode: Wanted,
+    queues: Sequence[int] | None,
+    companions: Companions,
+    wait: float,
+) -> Lanes:
+    """Without pinning; as open_lanes."""
     if owner is not None:
         if policy is not None or interface is not None or mode != "auto":
             raise UsageError(
@@ -204,7 +247,6 @@ def open_lanes(
             raise SluiceError.from_errno(
                 f"opening {interface}",
                 error.errno or 0,
-                hint="raise the limit of open files (`ulimit -n`)" if error.errno == errno.EMFILE else "",
             ) from error
     return _open_sockets(policy, over_sockets, refused)
 
@@ -218,6 +260,8 @@ def _open_xsk(
     policy_path: str,
 ) -> XskLanes:
     """Own the interface in this process, and use the lanes here; the owner ends with them."""
+    if sys.platform != "linux":
+        raise UnsupportedError("XDP needs Linux", hint='open_lanes(mode="portable") works everywhere')
     lane_specs(policy)  # says so when there is nothing to receive, before anything is touched
     native = any(mode.startswith("native") for mode in modes)
     generic = "generic-copy" in modes
@@ -235,6 +279,7 @@ def _open_xsk(
                 mode="auto" if native and generic else "native" if native else "generic",
                 minimum_mode=modes[-1],
                 excluded=excluded,
+                notify=_warn,
             )
         )
         lease = owner.lend(queues=queues, companions=companions)
@@ -248,8 +293,8 @@ def _open_xsk(
 
 
 def _open_sockets(policy: Policy, modes: Sequence[Mode], refused: list[Refusal]) -> Lanes:
-    backends: dict[Mode, type[MmsgLanes] | type[PortableLanes]] = {
-        "mmsg": MmsgLanes,
+    backends: dict[Mode, Callable[[Policy], MmsgLanes | PortableLanes]] = {
+        "mmsg": open_selected_lanes,
         "portable": PortableLanes,
     }
     for mode in modes:
@@ -259,8 +304,16 @@ def _open_sockets(policy: Policy, modes: Sequence[Mode], refused: list[Refusal])
             refused.append(Refusal(mode=mode, reason=str(error)))
             continue
         lanes.refused = tuple(refused)
+        if lanes.busy_poll_refused:
+            _warn(lanes.busy_poll_refused)
         return lanes
     raise _nothing_works(refused)
+
+
+def _warn(text: str) -> None:
+    """Of what an owner tells, what its user asked for and does not get."""
+    if text.startswith("[tuning]"):
+        warnings.warn(text, RuntimeWarning, stacklevel=5)
 
 
 def _nothing_works(refused: Sequence[Refusal]) -> SluiceError:

@@ -2,12 +2,13 @@
 """Lanes over kernel sockets, many datagrams per system call (recvmmsg, sendmmsg).
 
 The rung of the mode ladder below AF_XDP: the same policy, lanes and batches, at
-the speed of the kernel's UDP.  What it cannot give is AF_XDP's promise that a
-flood costs a high lane nothing: on one port all lanes share a socket buffer, and
-what the kernel drops there was never classified.  Behind the buffer it holds:
-each lane has a queue and frames of its own, and while several lanes have traffic
-a receive call reads several times what it hands out, so that high lanes get
-through at the expense of low ones.
+the speed of the kernel's UDP.  With the select program (selected.py) each lane has
+sockets of its own, which the kernel fills by the policy, and a flood in a low lane
+costs a high one nothing from there on.  Without it (``selected_by``), on one port all
+lanes share a socket buffer, and what the kernel drops there was never classified.
+Behind the buffer the promise holds: each lane has a queue and frames of its own, and
+while several lanes have traffic a receive call reads several times what it hands out,
+so that high lanes get through at the expense of low ones.
 """
 
 from __future__ import annotations
@@ -17,30 +18,36 @@ import math
 import time
 from array import array
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address
 from typing import TYPE_CHECKING
 
 from typing_extensions import Buffer
 
-from userspace.datagram.batch import Abandoned, Batch, worth_lingering
+from userspace.datagram.batch import Abandoned, Batch
+from userspace.datagram.busy_poll import set_on
 from userspace.datagram.classifier import DatagramClassifier
 from userspace.datagram.fanout import Fanout, outgoing
+from userspace.datagram.linger import Linger
+from userspace.datagram.mmsg_statistics import read_census, read_statistics, take_errors
+from userspace.datagram.pieces import Pieces
 from userspace.datagram.plain_send import FATAL, gone
+from userspace.datagram.selected import LaneSocket
+from userspace.datagram.socket_errors import SocketError
 from userspace.datagram.socket_lanes import KernelSocketLanes
-from userspace.datagram.socket_statistics import LaneStatistics, SendFailure, SocketStatistics
+from userspace.datagram.socket_statistics import SendFailure, SocketStatistics
 from userspace.datagram.sockets import (
     ServiceSocket,
     SocketAddress,
     SocketLane,
     close_sockets,
-    open_service_sockets,
     socket_lanes,
     socket_of,
-    socket_ports,
 )
 from userspace.native._native import ffi, lib
 from xdp.errors import SluiceError, UsageError
 from xdp.policy import Policy
+from xdp.select import SelectProgram
 
 if TYPE_CHECKING:
     from userspace.native._native import CData
@@ -56,7 +63,9 @@ SEND_TIMEOUT = 1.0
 
 _BATCH_CAPACITY = 256
 _DESTINATIONS = 1024  # parsed destinations that are kept
-_PLACES = ("free", "slot", "queued", "held")
+# Looked up once: an attribute of lib costs 35 ns at every use.
+_receive = lib.sl_mmsg_receive
+_release = lib.sl_mmsg_release
 
 
 class MmsgLanes(KernelSocketLanes):
@@ -66,7 +75,9 @@ class MmsgLanes(KernelSocketLanes):
     closed with this object.  Without, one per port is opened here.  ``budget``
     bounds what one call reads, 0: only ``maximum`` does.  ``gro``: datagrams of one flow
     that arrive together are read in one message.  ``timestamps``: ``times`` says when the
-    kernel took a datagram from the interface, not when it was read.  Belongs to one thread.
+    kernel took a datagram from the interface, not when it was read.  ``selected``: sockets
+    that the kernel chooses by lane (not with ``gro``), by ``program`` if that ends with this
+    object; both are closed with it, also when it can't be made.  Belongs to one thread.
 
     Raises what open_service_sockets raises, and UsageError for options out of range.
     """
@@ -86,12 +97,16 @@ class MmsgLanes(KernelSocketLanes):
         budget: int = 0,
         gro: bool = False,
         timestamps: bool = False,
+        selected: Sequence[LaneSocket] | None = None,
+        program: SelectProgram | None = None,
     ) -> None:
         self._closed = False
+        self._selected, self.program = selected, program
+        self._sockets: list[ServiceSocket] = []  # close() may come before any is open
         self._native: CData = ffi.NULL
         self._outstanding = 0
         self._abandoned: list[Abandoned] = []
-        self._last = 0  # datagrams of the latest batch
+        self._linger = Linger()
         self._spare: list[CData] = []
         self._destinations: dict[object, tuple[SocketAddress, CData]] = {}
         self._sent = self._send_failed = self._asynchronous = 0
@@ -102,7 +117,10 @@ class MmsgLanes(KernelSocketLanes):
         self._failed: tuple[CData, CData, CData] = (ffi.NULL, ffi.NULL, ffi.NULL)
         #: of the last send call
         self.failures: tuple[SendFailure, ...] = ()
-        self._sockets = list(open_service_sockets(socket_ports(policy)) if sockets is None else sockets)
+        if selected is not None:
+            sockets = [ServiceSocket(port, sock) for port, _, sock in selected]
+            self.busy_poll_refused = set_on((sock.fileno() for _, sock in sockets), policy.tuning)
+        self._sockets = self._open_sockets(policy) if sockets is None else list(sockets)
         if not self._sockets:
             raise UsageError(
                 "the policy has no port for an application",
@@ -145,6 +163,12 @@ class MmsgLanes(KernelSocketLanes):
             failed = lib.sl_mmsg_add(native, sock.fileno(), port)
             if failed:
                 raise SluiceError.from_errno(f"socket of UDP port {port} can't be used", -failed)
+        for port, number, sock in self._selected or ():
+            if options.gro:
+                raise UsageError("no gro with a socket for each lane: several may share a message")
+            failed = 0 if number is None else lib.sl_mmsg_set_lane(native, sock.fileno(), number)
+            if failed:
+                raise SluiceError.from_errno(f"lane {number} of UDP port {port}", -failed)
 
     # --- receiving
 
@@ -163,16 +187,17 @@ class MmsgLanes(KernelSocketLanes):
             raise ValueError("these lanes are closed")
         if self._abandoned:
             self._reclaim()
-        if linger > 0 and worth_lingering(self._last, maximum):
-            time.sleep(linger)
+        if linger > 0:
+            self._linger.wait(linger, maximum)
         memory = self._spare.pop() if self._spare else self._new_memory(maximum)
         if memory.capacity < maximum:
             memory = self._new_memory(maximum)
         milliseconds = -1 if timeout is None else _milliseconds(timeout)
-        deadline = 0.0 if timeout is None else time.monotonic() + timeout
+        deadline = time.monotonic() + timeout if timeout else 0.0
         while True:
-            count = lib.sl_mmsg_receive(self._native, memory, maximum, self._budget, milliseconds)
-            self._last = count
+            count = _receive(self._native, memory, maximum, self._budget, milliseconds)
+            if linger > 0:
+                self._linger.received(count)
             if count > 0:
                 self._outstanding += 1
                 return Batch(self, memory, count)
@@ -218,7 +243,7 @@ class MmsgLanes(KernelSocketLanes):
     def take_back(self, memory: CData) -> None:
         """A batch was released."""
         count = memory.count
-        released = lib.sl_mmsg_release(self._native, memory)
+        released = _release(self._native, memory)
         self._spare.append(memory)
         self._outstanding -= 1
         if self._closed:
@@ -255,17 +280,14 @@ class MmsgLanes(KernelSocketLanes):
         Raises UsageError, ValueError when closed, InterfaceGoneError when the socket
         was closed elsewhere.
         """
+        if isinstance(payloads, Batch):
+            return (
+                self.send_memory(destination, payloads.memory, port=port, timeout=timeout) if payloads else 0
+            )
         to = self._destination(destination)
         out = self._out
         out.destination = to
         out.destinations = 1
-        if isinstance(payloads, Batch):
-            if not payloads:
-                return 0
-            memory = payloads.memory
-            out.count = len(payloads)
-            out.base, out.offset, out.length = memory.data, memory.offsets, memory.lengths
-            return self._send(out, port, timeout)
         try:
             joined = payloads[0] if len(payloads) == 1 else b"".join(payloads)
             lengths = array("I", map(len, payloads))  # type: ignore[arg-type]
@@ -290,6 +312,40 @@ class MmsgLanes(KernelSocketLanes):
         out, data = self._out, outgoing(payloads, len(fanout))
         out.destination, out.destinations, out.count = fanout.sources, len(fanout), len(fanout)
         out.base, out.offset, out.length = data.base, data.offsets, data.lengths
+        return self._send(out, port, timeout)
+
+    def send_memory(
+        self,
+        destination: tuple[Address | str, int] | Fanout,
+        memory: CData,
+        *,
+        port: int | None = None,
+        timeout: float = SEND_TIMEOUT,
+    ) -> int:
+        """Send what ``offsets`` and ``lengths`` of a ``struct sl_batch`` name; otherwise as :meth:`send`."""
+        out = self._out
+        if isinstance(destination, Fanout):
+            out.destination, out.destinations = destination.sources, len(destination)
+        else:
+            out.destination, out.destinations = self._destination(destination), 1
+        out.count = memory.count
+        out.base, out.offset, out.length = memory.data, memory.offsets, memory.lengths
+        return self._send(out, port, timeout)
+
+    def send_vectored(
+        self,
+        destination: tuple[Address | str, int],
+        packets: Sequence[Sequence[Buffer]],
+        *,
+        port: int | None = None,
+        timeout: float = SEND_TIMEOUT,
+    ) -> int:
+        """Payloads that the kernel puts together from pieces; otherwise as :meth:`send`."""
+        pieces = Pieces(packets)
+        out = ffi.new("struct sl_outgoing *")
+        out.destination, out.destinations = self._destination(destination), 1
+        out.count, out.length = len(pieces), pieces.lengths
+        out.piece, out.end, out.most = pieces.table, pieces.ends, pieces.most
         return self._send(out, port, timeout)
 
     def send_back(self, batch: Batch, *, timeout: float = SEND_TIMEOUT) -> int:
@@ -388,50 +444,25 @@ class MmsgLanes(KernelSocketLanes):
 
     @property
     def classifier(self) -> DatagramClassifier:
-        """Counters per lane, reason and peer."""
+        """Counters per lane, reason and peer: of what the kernel did not decide about."""
         return self._classifier
 
     def statistics(self) -> SocketStatistics:
         """Counters since opening; exact when no other thread receives."""
         if self._native == ffi.NULL:
             raise ValueError("these lanes are closed")
-        raw = ffi.new("struct sl_mmsg_statistics *")
-        lib.sl_mmsg_read_statistics(self._native, raw)
-        discarded: dict[str, int] = {}
-        for (row, reason), (packets, _) in self._classifier.verdicts().items():
-            if row == lib.SLUICE_NO_LANE or reason.startswith("drop_"):
-                discarded[reason] = discarded.get(reason, 0) + packets
-        dropped = {
-            "truncated": raw.truncated,
-            "no_large_frame": raw.no_large_frame,
-            "lane_full": sum(raw.lane_full),
-            "reply_failed": raw.reply_failed,
-        }
-        lanes = tuple(
-            LaneStatistics(name, raw.lane_delivered[i], raw.queued[i], raw.held[i], raw.lane_full[i])
-            for i, name in enumerate(self.policy.lane_names)
-        )
-        return SocketStatistics(
-            received=raw.received,
-            delivered=raw.delivered,
-            queued=sum(raw.queued),
-            replied=raw.replied,
-            dropped={reason: count for reason, count in dropped.items() if count},
-            discarded=discarded,
-            overflowed=raw.overflowed,
-            errors=raw.errors,
-            sent=self._sent,
-            send_failed=self._send_failed,
-            asynchronous_errors=self._asynchronous,
-            lanes=lanes,
-            shared=raw.shared,
-        )
+        sent = (self._sent, self._send_failed, self._asynchronous)
+        found = read_statistics(self._native, self.policy.lane_names, self._classifier, sent)
+        return replace(found, refused=self.program.refused()) if self.program is not None else found
+
+    def _take_errors(self, *, look: bool) -> tuple[SocketError, ...]:
+        if self._closed:
+            raise ValueError("these lanes are closed")
+        return take_errors(self._native, look=look)
 
     def census(self) -> dict[str, int]:
         """How many frames are in each place: free, slot (offered to the kernel), queued, held."""
-        counts = ffi.new("uint32_t[]", len(_PLACES))
-        lib.sl_mmsg_census(self._native, counts)
-        return dict(zip(_PLACES, counts, strict=True))
+        return read_census(self._native)
 
     def close(self) -> None:
         """Close the sockets.  Batches still held stay readable; memory goes with the last of them."""
@@ -442,6 +473,9 @@ class MmsgLanes(KernelSocketLanes):
             if self._native != ffi.NULL:
                 lib.sl_mmsg_remove(self._native, sock.fileno())
         close_sockets(self._sockets)
+        if self.program is not None:
+            self.program.close()
+        self._unpin()
         if self._abandoned:
             self._reclaim()
         self._free()
@@ -454,4 +488,6 @@ class MmsgLanes(KernelSocketLanes):
 
 def _milliseconds(seconds: float) -> int:
     """Rounded up, so that a wait never ends early and then spins; a day at most."""
-    return min(max(math.ceil(seconds * 1000), 0), 86_400_000)
+    if seconds <= 0:
+        return 0
+    return math.ceil(seconds * 1000) if seconds < 86_400 else 86_400_000

@@ -55,3 +55,13 @@ def lane_specs(policy: Policy) -> tuple[LaneSpec, ...]:
             hint='give a lane end = "socket"',
         )
     return specs
+
+
+def socket_lane_specs(policy: Policy) -> tuple[LaneSpec, ...]:
+    """Of all lanes, none where each of them ends in the kernel."""
+    return lane_specs(policy) if any(lane.end == "socket" for lane in policy.lanes) else ()
+
+
+def shape(policy: Policy) -> tuple[object, ...]:
+    """What an application's sockets depend on."""
+    return (policy.lane_names, socket_lane_specs(policy), policy.rings)

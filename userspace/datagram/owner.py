@@ -20,25 +20,26 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from userspace.datagram import ladder
+from userspace.datagram import busy_poll, jumbo, ladder
 from userspace.datagram.claim import Claim, Namespace
-from userspace.datagram.descriptors import LaneSpec, Mode, Refusal
+from userspace.datagram.descriptors import Mode, Refusal
 from userspace.datagram.lease import Companions, Lease, complete
-from userspace.datagram.opening import lane_specs
+from userspace.datagram.opening import shape, socket_lane_specs
 from userspace.datagram.pinned import foreign, pin_link, refuse_pinned, take_over
 from userspace.datagram.policy_document import known_ids, with_ids
 from xdp import owner_state
-from xdp._libbpf import lib
-from xdp.errors import BusyError, InterfaceGoneError, SluiceError, UnsupportedError, UsageError
+from xdp.errors import BusyError, InterfaceGoneError, SluiceError, UsageError
 from xdp.interface import Tuning
 from xdp.link import AttachMode, Link, attached_program, detach_foreign
 from xdp.names import Names
 from xdp.policy import Policy
 from xdp.policy_model import InterfaceMode, Rung
+from xdp.policy_model import Tuning as Asked
 from xdp.program import SteerProgram
 from xdp.tables import compile_policy
 from xdp.watch import Change, InterfaceWatch
@@ -141,8 +142,8 @@ class Owner:
         try:
             # Before what takes long: a second start should hear at once that it is one.
             owner._take_claim()
-            owner.program = SteerProgram.load()
-            owner._close_to_writes()
+            owner.program = SteerProgram.load(frags=owner._longest(notify) > 0)
+            owner.program.close_counters_to_writes()
             owner._swap(policy)
             owner._attach()
         except BaseException:
@@ -171,6 +172,16 @@ class Owner:
         return self.program.policy_maps.generation
 
     @property
+    def tuning(self) -> Asked:
+        """What is asked for: the policy's, or what this owner was given instead."""
+        return self._tuning.before(self.policy.tuning)
+
+    @property
+    def tuned(self) -> tuple[owner_state.Tuned, ...]:
+        """Settings of the interface that are changed now, and what they were."""
+        return () if self._claim is None else self._claim.changed
+
+    @property
     def minimum_mode(self) -> Rung:
         """The rung below which nothing is attached or opened."""
         return self._minimum_mode or self.policy.minimum_mode
@@ -194,7 +205,7 @@ class Owner:
         Raises BusyError naming the process that has the lanes or a companion's port,
         InterfaceGoneError, NoModeError, UsageError (no lane ends in a socket, no such queue).
         """
-        lanes = _socket_lanes(self.policy)
+        lanes = socket_lane_specs(self.policy)
         if not lanes:
             raise UsageError(
                 "every lane of the policy ends in the kernel: there is nothing to lend",
@@ -217,7 +228,7 @@ class Owner:
                 self._attached_as,
                 self.minimum_mode,
                 lanes,
-                ladder.Sizes(rings.frame_size, rings.reserve, rings.tx),
+                ladder.Sizes(rings.frame_size, rings.reserve, rings.tx, self._jumbo()),
                 queues=queues,
                 cookie=self.program.cookie,
                 known=self._probed,
@@ -227,7 +238,10 @@ class Owner:
                 self._write_state()
             if any(lease.ports for lease in self._leases):
                 companions = "none"
+            opened.pin = self.policy.tuning.pin
             complete(opened, self.refused, self.program.maps["counters"], self.policy, companions)
+            if why := busy_poll.set_on_queues(opened, self.policy.tuning):
+                self.notify(why)
         lease = Lease(opened, self.program.maps["xsks"], os.getpid() if pid is None else pid)
         self._leases.append(lease)
         return lease
@@ -241,16 +255,20 @@ class Owner:
     def reload(self, policy: Policy) -> int:
         """Put another policy in force while traffic flows; its generation.
 
-        How the program is attached stays as it is. Raises BusyError when lanes or rings differ
-        while they are lent, PolicyError; the old policy is then still in force.
+        How the program is attached, and whether it takes jumbo frames, stays as it is. Raises BusyError
+        when lanes or rings differ while they are lent, PolicyError; the old policy is then still in force.
         """
-        if self._leases and _shape(policy) != _shape(self.policy):
+        if self._leases and shape(policy) != shape(self.policy):
             users = ", ".join(sorted({str(lease.pid) for lease in self._leases}))
             raise BusyError(
                 f"the new policy has other lanes or rings, and process {users} uses those of the old one",
                 hint="stop that process first; rates, classes, services and peers may change any time",
             )
+        if policy.tuning != self.policy.tuning:
+            self.notify("[tuning] has changed: settings of the interface follow at the next start")
         self._swap(policy)
+        if policy.rings.jumbo is not self.program.frags and policy.rings.jumbo != "auto":
+            self.notify(f"{self.interface}: jumbo in [rings] is for the next start; until then it stays")
         self._write_state()
         return self.generation
 
@@ -346,6 +364,7 @@ class Owner:
         mode: InterfaceMode = self._mode or self.policy.mode
         refused: list[Refusal] = []
         kind: AttachMode | None = None
+        wanted = self._tuning.over(self.policy.tuning)
         link = take_over(interface, ifindex, self.program)
         if link is None:
             if self._replace:
@@ -353,17 +372,25 @@ class Owner:
             elif (found := attached_program(ifindex)) is not None:
                 # Asked before anything is changed; attaching asks again.
                 raise foreign(interface, *found)
-            self._claimed.tune(interface, self._tuning)
+            self._claimed.tune(interface, wanted)
             link, kind, refused = ladder.attach_best(
                 self.program, interface, ifindex, mode, self.minimum_mode
             )
         self.link = link
+        if kind is None:  # taken over: its queues stay, packets are on their way through them
+            self._claimed.tune(interface, replace(wanted, queues=None))
         self._attached_as: AttachMode = kind or ("native" if link.mode == "native" else "generic")
         self.mode, self.refused = self._attached_as, tuple(refused)
         self._attach_refused, self._probed = self.refused, ()
-        if _socket_lanes(self.policy):
+        if socket_lane_specs(self.policy):
             if self.watch.up:
-                holding = ladder.probe(interface, self._attached_as, self.minimum_mode, known=self._excluded)
+                holding = ladder.probe(
+                    interface,
+                    self._attached_as,
+                    self.minimum_mode,
+                    longest=self._jumbo(),
+                    known=self._excluded,
+                )
                 self._settle(*holding)
             else:
                 why = Refusal(mode="native-zero-copy", reason="not tried: the interface is down")
@@ -375,6 +402,14 @@ class Owner:
     def _settle(self, mode: Mode, refused: Sequence[Refusal]) -> None:
         self._probed = tuple(refused)
         self.mode, self.refused = mode, (*self._attach_refused, *refused)
+
+    def _longest(self, notify: Callable[[str], None] | None = None) -> int:
+        lanes = socket_lane_specs(self.policy)
+        return jumbo.choose(self.interface, self.policy.rings, lanes, notify)
+
+    def _jumbo(self) -> int:
+        """Bytes of packets in several frames; the program was made for them or was not."""
+        return self._longest() if self.program.frags else 0
 
     def _lose(self) -> None:
         """The interface is gone: so are its link, its sockets and its settings."""
@@ -432,12 +467,6 @@ class Owner:
 
     # Policy and state
 
-    def _close_to_writes(self) -> None:
-        """Applications get the counters' descriptor: they may map it, but nobody may write to it."""
-        result = lib.sluice_map_freeze(self.program.maps["counters"].fd)
-        if result < 0:
-            raise UnsupportedError.from_errno("freezing the counters", -result, hint="it needs Linux 5.2")
-
     def _swap(self, policy: Policy) -> None:
         self.program.swap(compile_policy(policy))
         tables = self.program.policy_maps.tables
@@ -458,6 +487,7 @@ class Owner:
             socket=self.socket_path,
             persisted=self._persisted,
             names=Names.from_policy(self.policy),
+            tuned=self.tuned,
         )
         if self._claim is not None:
             with self._home.entered():
@@ -467,12 +497,3 @@ class Owner:
         """Descriptors are served there from now on (:mod:`userspace.datagram.broker`): say so."""
         self.socket_path = str(path)
         self._write_state()
-
-
-def _socket_lanes(policy: Policy) -> tuple[LaneSpec, ...]:
-    return lane_specs(policy) if any(lane.end == "socket" for lane in policy.lanes) else ()
-
-
-def _shape(policy: Policy) -> tuple[object, ...]:
-    """What an application's sockets depend on."""
-    return (policy.lane_names, _socket_lanes(policy), policy.rings)

@@ -17,6 +17,8 @@ from typing_extensions import Buffer
 
 from userspace.datagram.destination import Endpoint
 from userspace.datagram.fanout import Fanout, outgoing
+from userspace.datagram.pieces import Pieces
+from userspace.datagram.socket_errors import ErrorQueue
 from userspace.datagram.socket_statistics import SendFailure
 from userspace.datagram.sockets import SocketAddress
 from userspace.native._native import ffi
@@ -25,8 +27,8 @@ from xdp.errors import InterfaceGoneError, UsageError
 #: Errors of the socket itself, as against those of one datagram.
 FATAL = frozenset((errno.EBADF, errno.ENOTSOCK))
 
-#: Index in the call, payload, where to.
-Datagram: TypeAlias = tuple[int, memoryview, SocketAddress]
+#: Index in the call, payload (or the pieces of one), where to.
+Datagram: TypeAlias = tuple[int, memoryview | tuple[Buffer, ...], SocketAddress]
 
 # Errors that ICMP may have left on the socket about an earlier datagram; the next call gets them.
 # As may_be_asynchronous in native/mmsg_send.c.
@@ -43,6 +45,7 @@ _MAYBE_EARLIER = frozenset(
         errno.EOPNOTSUPP,
     )
 )
+_TRIES = 16  # of one datagram while errors of earlier ones come
 # Seconds; a full device queue (ENOBUFS) has no event to wait for, so it is asked again this often.
 _RETRY = 0.001
 
@@ -78,6 +81,12 @@ def to_one(destination: Endpoint, payloads: Iterable[Buffer]) -> list[Datagram]:
         raise UsageError("payloads are a sequence of bytes-like objects") from None
 
 
+def in_pieces(destination: Endpoint, packets: Sequence[Sequence[Buffer]]) -> list[Datagram]:
+    """All to one, each put together from pieces.  Raises UsageError."""
+    to = SocketAddress.parse(destination)
+    return [(index, packet, to) for index, packet in enumerate(Pieces(packets).packets)]
+
+
 def to_many(fanout: Fanout, payloads: Buffer | Sequence[Buffer]) -> list[Datagram]:
     """One payload to all, or one to each.  Raises UsageError."""
     data = outgoing(payloads, len(fanout))
@@ -91,19 +100,26 @@ def to_many(fanout: Fanout, payloads: Buffer | Sequence[Buffer]) -> list[Datagra
 
 
 def send_plain(
-    groups: Sequence[tuple[socket.socket | None, list[Datagram]]], timeout: float, outcome: Outcome
+    groups: Sequence[tuple[socket.socket | None, list[Datagram]]],
+    timeout: float,
+    outcome: Outcome,
+    errors: ErrorQueue,
 ) -> None:
     """Send through each socket what is to leave from there, and note what became of it.
 
-    A datagram that the kernel refuses is skipped.  Waits for room ``timeout`` seconds
-    in all; what comes after is still tried, once.  None is a socket that is no more.
+    A datagram that the kernel refuses is skipped.  Waits for room ``timeout`` seconds in all; what is
+    behind one that found none in its socket stays behind it, unsent, or it would overtake.  None is a
+    socket that is no more.
     """
     deadline = time.monotonic() + timeout
     outcome.unsent = {index: errno.EINTR for _, datagrams in groups for index, _, _ in datagrams}
     for sock, datagrams in groups:
-        for index, payload, to in datagrams:
-            error, earlier = _send_one(sock, payload, to, deadline) if sock else (errno.EBADF, 0)
+        for place, (index, payload, to) in enumerate(datagrams):
+            error, earlier = _send_one(sock, payload, to, deadline, errors) if sock else (errno.EBADF, 0)
             outcome.asynchronous += earlier
+            if error == errno.EAGAIN:
+                outcome.unsent.update((behind, error) for behind, _, _ in datagrams[place:])
+                break
             if error:
                 outcome.unsent[index] = error
             else:
@@ -112,27 +128,43 @@ def send_plain(
 
 
 def _send_one(
-    sock: socket.socket, payload: memoryview, to: SocketAddress, deadline: float
+    sock: socket.socket,
+    payload: memoryview | tuple[Buffer, ...],
+    to: SocketAddress,
+    deadline: float,
+    errors: ErrorQueue,
 ) -> tuple[int, int]:
-    """(0 or the errno that it failed with, 1 if an error of an earlier datagram was met)."""
-    retried = 0
+    """(0 or the errno that it failed with, how many errors of earlier datagrams were met)."""
+    earlier = 0
+    doubtful = False  # the last try was given up for an error that nothing explains
     while True:
         try:
-            sock.sendto(payload, to.name(sock.family))
+            if isinstance(payload, tuple):
+                sock.sendmsg(payload, (), 0, to.name(sock.family))
+            else:
+                sock.sendto(payload, to.name(sock.family))
         except BlockingIOError as error:
             left = deadline - time.monotonic()
+            errors.drain(sock)  # or else poll would return at once
             if left <= 0:
-                return error.errno or errno.EAGAIN, retried
+                return error.errno or errno.EAGAIN, earlier
             writable = select.poll()
             writable.register(sock, select.POLLOUT)
             writable.poll(math.ceil(left * 1000))
         except OSError as error:
+            told = errors.drain(sock, error.errno or 0)
             if error.errno == errno.ENOBUFS and time.monotonic() < deadline:
                 time.sleep(_RETRY)
-            elif error.errno in _MAYBE_EARLIER and not retried:
-                retried = 1
+            elif (
+                error.errno in _MAYBE_EARLIER
+                and told != "own"
+                and earlier < _TRIES
+                and (told or not doubtful)
+            ):
+                earlier += 1
+                doubtful = not told
             else:
-                # The same error twice: it was this datagram's own, both times.
-                return error.errno or errno.EIO, 0
+                # The same error twice, unexplained: it was this datagram's own, both times.
+                return error.errno or errno.EIO, earlier - doubtful
         else:
-            return 0, retried
+            return 0, earlier

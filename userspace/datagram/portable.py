@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import errno
 import mmap
-import os
-import select
 import time
 from array import array
 from collections import Counter
@@ -22,10 +20,22 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import Buffer
 
-from userspace.datagram.batch import Abandoned, Batch, worth_lingering
+from userspace.datagram.batch import Abandoned, Batch
 from userspace.datagram.fanout import Fanout
-from userspace.datagram.plain_send import FATAL, Datagram, Outcome, gone, send_plain, to_many, to_one
+from userspace.datagram.linger import Linger
+from userspace.datagram.plain_send import (
+    FATAL,
+    Datagram,
+    Outcome,
+    gone,
+    in_pieces,
+    send_plain,
+    to_many,
+    to_one,
+)
+from userspace.datagram.poller import Flag, Poller, make_poller
 from userspace.datagram.portable_queue import LaneQueue, Received, share_out
+from userspace.datagram.socket_errors import ErrorQueue, SocketError
 from userspace.datagram.socket_lanes import KernelSocketLanes
 from userspace.datagram.socket_statistics import LaneStatistics, SendFailure, SocketStatistics
 from userspace.datagram.sockets import (
@@ -33,13 +43,11 @@ from userspace.datagram.sockets import (
     SocketAddress,
     SocketLane,
     close_sockets,
-    open_service_sockets,
     pack_name,
     socket_cookie,
     socket_drops,
     socket_lanes,
     socket_of,
-    socket_ports,
 )
 from userspace.native._native import ffi, lib
 from xdp.abi import REASONS
@@ -78,8 +86,8 @@ class PortableLanes(KernelSocketLanes):
         budget: int = 0,
     ) -> None:
         self._closed = False
-        self._epoll: select.epoll | None = None
-        self._event = -1
+        self._poller: Poller | None = None
+        self._flag: Flag | None = None
         self._frame_size = policy.rings.frame_size if frame_size is None else frame_size
         #: highest priority first; ``number`` is what a batch's ``lanes`` column says
         self.lanes: tuple[SocketLane, ...] = socket_lanes(policy, quota)
@@ -107,7 +115,7 @@ class PortableLanes(KernelSocketLanes):
         self._lanes = [LaneQueue() for _ in policy.lanes]
         self._held: dict[int, int] = {}  # frame -> lane
         self._abandoned: list[Abandoned] = []
-        self._last = 0  # datagrams of the latest batch
+        self._linger = Linger()
         self._spare: list[CData] = []
         self._counts: Counter[str] = Counter()
         self._verdicts: Counter[str] = Counter()
@@ -117,21 +125,22 @@ class PortableLanes(KernelSocketLanes):
         self._signalled = False
         #: of the last send call
         self.failures: tuple[SendFailure, ...] = ()
-        self._sockets = list(open_service_sockets(socket_ports(policy)) if sockets is None else sockets)
+        self._sockets = self._open_sockets(policy) if sockets is None else list(sockets)
         if not self._sockets:
             raise UsageError(
                 "the policy has no port for an application",
                 hint="add a service with a rule whose lane ends in a socket",
             )
         self._by_descriptor = {sock.fileno(): i for i, (_, sock) in enumerate(self._sockets)}
+        self._errors = ErrorQueue(self._sockets)
         self._cookies = [socket_cookie(sock) for _, sock in self._sockets]
         self._checked = -_CHECK
-        self._epoll = select.epoll()
-        self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._epoll.register(self._event, select.EPOLLIN)
+        self._poller = make_poller()
+        self._flag = Flag()
+        self._poller.add(self._flag)
         for _, sock in self._sockets:
             sock.setblocking(False)
-            self._epoll.register(sock, select.EPOLLIN)
+            self._poller.add(sock)
 
     # --- receiving
 
@@ -139,33 +148,34 @@ class PortableLanes(KernelSocketLanes):
         """As MmsgLanes.receive."""
         if not 0 < maximum <= _MAXIMUM:
             raise UsageError(f"receive({maximum}): maximum is 1 to {_MAXIMUM}")
-        epoll = self._opened()
+        poller = self._opened()
         if self._abandoned:
             waiting, self._abandoned = self._abandoned, []
             self._abandoned.extend(abandoned for abandoned in waiting if not abandoned.reclaim())
-        if linger > 0 and worth_lingering(self._last, maximum):
-            time.sleep(linger)
+        if linger > 0:
+            self._linger.wait(linger, maximum)
         deadline = None if timeout is None else time.monotonic() + timeout
-        self._last = 0
+        self._linger.received(0)
         while True:
             self._check_sockets()
             self._pump(maximum)
             if any(lane.queue for lane in self._lanes):
                 batch = self._hand_out(maximum)
-                self._last = len(batch)
+                self._linger.received(len(batch))
                 return batch
             left = _CHECK if deadline is None else min(deadline - time.monotonic(), _CHECK)
             if left <= 0:
                 return Batch(self, None, 0)
-            epoll.poll(left)
+            poller.poll(left)
 
     def _check_sockets(self) -> None:
-        """Notice descriptors that were closed elsewhere, or are other sockets now: epoll does not say."""
+        """Notice descriptors that were closed elsewhere, or are other sockets now: no poller says."""
         now = time.monotonic()
         if now - self._checked < _CHECK:
             return
         if not all(map(self._is_there, range(len(self._sockets)))):
             raise gone("read", errno.EBADF)
+        self._errors.look()
         self._checked = now
 
     def _is_there(self, number: int) -> bool:
@@ -180,10 +190,10 @@ class PortableLanes(KernelSocketLanes):
         """Readable while receive would return at once."""
         return self._opened().fileno()
 
-    def _opened(self) -> select.epoll:
-        if self._epoll is None:
+    def _opened(self) -> Poller:
+        if self._poller is None:
             raise ValueError("these lanes are closed")
-        return self._epoll
+        return self._poller
 
     def _pump(self, maximum: int) -> None:
         limit = maximum * self._drain
@@ -195,7 +205,11 @@ class PortableLanes(KernelSocketLanes):
 
     def _read_sockets(self, want: int) -> int:
         total = 0
-        ready = [descriptor for descriptor, _ in self._opened().poll(0) if descriptor != self._event]
+        poller = self._opened()
+        ready = [descriptor for descriptor in poller.poll(0) if descriptor in self._by_descriptor]
+        for descriptor in poller.erred:
+            if descriptor in self._by_descriptor:
+                self._errors.drain(self._sockets[self._by_descriptor[descriptor]].socket)
         # In a circle, from the one after the last that was read.
         ready.sort(key=lambda descriptor: (descriptor <= self._last_read, descriptor))
         while ready and total < want:
@@ -223,6 +237,7 @@ class PortableLanes(KernelSocketLanes):
                 if error.errno in FATAL:
                     raise gone("read", errno.EBADF) from error
                 self._counts["errors"] += 1
+                self._errors.drain(service.socket)
                 continue
             self._counts["received"] += 1
             self._take(number, length, name, time.monotonic_ns())
@@ -308,10 +323,11 @@ class PortableLanes(KernelSocketLanes):
     def _signal(self) -> None:
         """The event descriptor is readable exactly while datagrams are queued."""
         queued = any(lane.queue for lane in self._lanes)
+        assert self._flag is not None
         if queued and not self._signalled:
-            os.eventfd_write(self._event, 1)
+            self._flag.raise_up()
         elif self._signalled and not queued:
-            os.eventfd_read(self._event)
+            self._flag.take_down()
         self._signalled = queued
 
     # --- what a Batch needs of its backend
@@ -365,6 +381,18 @@ class PortableLanes(KernelSocketLanes):
         self._opened()
         return self._send({socket_of(self._sockets, port): to_many(fanout, payloads)}, timeout)
 
+    def send_vectored(
+        self,
+        destination: tuple[Address | str, int],
+        packets: Sequence[Sequence[Buffer]],
+        *,
+        port: int | None = None,
+        timeout: float = 1.0,
+    ) -> int:
+        """As MmsgLanes.send_vectored."""
+        self._opened()
+        return self._send({socket_of(self._sockets, port): in_pieces(destination, packets)}, timeout)
+
     def send_back(self, batch: Batch, *, timeout: float = 1.0) -> int:
         """As MmsgLanes.send_back."""
         if batch.backend is not self:
@@ -396,6 +424,7 @@ class PortableLanes(KernelSocketLanes):
                 ],
                 timeout,
                 outcome,
+                self._errors,
             )
         finally:
             self.failures = outcome.failures
@@ -423,6 +452,9 @@ class PortableLanes(KernelSocketLanes):
             discarded=dict(self._verdicts),
             overflowed=socket_drops(self._sockets),
             errors=counts["errors"],
+            reported=self._errors.counts["reported"],
+            unread=self._errors.counts["unread"],
+            floods=self._errors.counts["floods"],
             sent=counts["sent"],
             send_failed=counts["send_failed"],
             asynchronous_errors=counts["asynchronous"],
@@ -438,6 +470,12 @@ class PortableLanes(KernelSocketLanes):
             ),
         )
 
+    def _take_errors(self, *, look: bool) -> tuple[SocketError, ...]:
+        self._opened()
+        if look:
+            self._errors.look()
+        return self._errors.take()
+
     def census(self) -> dict[str, int]:
         """How many frames are in each place; none is ever offered to the kernel here."""
         queued = sum(len(lane.queue) for lane in self._lanes)
@@ -449,12 +487,13 @@ class PortableLanes(KernelSocketLanes):
         if self._closed:
             return
         self._closed = True
-        if self._epoll is not None:
-            self._epoll.close()
-            self._epoll = None
-        if self._event >= 0:
-            os.close(self._event)
+        if self._poller is not None:
+            self._poller.close()
+            self._poller = None
+        if self._flag is not None:
+            self._flag.close()
         close_sockets(getattr(self, "_sockets", ()))
+        self._unpin()
 
 
 def _new_memory(capacity: int) -> CData:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,12 @@ class SocketStatistics:
     quota is queued or held) and ``reply_failed`` (heartbeat not answered).
     ``discarded`` has what the policy gave no lane, by the reasons of xdp.abi.REASONS.
     ``shared`` of those received came in one message with others (UDP_GRO).
+    ``refused`` has what the select program dropped in the kernel, by the same reasons, where
+    these lanes have it: it is in none of the other numbers.
     ``overflowed`` never reached the backend: full socket buffers, bad checksums.
+    ``reported`` errors of sent datagrams were read from the sockets; ``unread`` of them gave way to newer
+    ones before anybody asked.  ``floods``: times that a socket got so many that it heard of none for a
+    second.
     """
 
     received: int
@@ -42,6 +47,10 @@ class SocketStatistics:
     asynchronous_errors: int
     lanes: tuple[LaneStatistics, ...]
     shared: int = 0
+    refused: dict[str, int] = field(default_factory=dict)
+    reported: int = 0
+    unread: int = 0
+    floods: int = 0
 
     @property
     def balanced(self) -> bool:

@@ -15,7 +15,8 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +28,8 @@ from xdp.policy import Policy
 #: Bytes of socket buffer asked for: a burst of some 2,000 datagrams (the kernel counts about
 #: 2 KiB for each, however small) while the application is busy for a few milliseconds.
 RECEIVE_BUFFER = 4 << 20
+
+_SMALLEST_BUFFER = 64 << 10  # bytes: one datagram of any length
 
 # Not in Python 3.11's socket module; values are kernel ABI (asm-generic/socket.h).
 _SO_ATTACH_FILTER = 26
@@ -124,11 +127,13 @@ def open_service_sockets(
     host: str | None = None,
     receive_buffer: int = RECEIVE_BUFFER,
     skip_busy: bool = False,
+    prepare: Callable[[socket.socket], None] | None = None,
 ) -> list[ServiceSocket]:
     """One non-blocking socket per port, all of them or none.
 
     Without ``host`` a socket hears IPv6 and IPv4 on all addresses (IPv4 alone
     where there is no IPv6).  ``skip_busy`` leaves out ports that others hold.
+    ``prepare`` is called with each socket before it is bound.
 
     Raises BusyError (another socket has the port; names its process),
     PermissionsError (a privileged port), UsageError (not an address of this
@@ -138,7 +143,7 @@ def open_service_sockets(
     with contextlib.ExitStack() as stack:
         for port in ports:
             try:
-                sock = _open(port, host, receive_buffer)
+                sock = _open(port, host, receive_buffer, prepare)
             except BusyError:
                 if skip_busy:
                     continue
@@ -154,12 +159,17 @@ def adopt(descriptors: Iterable[tuple[int, int]]) -> list[ServiceSocket]:
     return [ServiceSocket(port, socket.socket(fileno=descriptor)) for port, descriptor in descriptors]
 
 
-def _open(port: int, host: str | None, receive_buffer: int) -> socket.socket:
+def _open(
+    port: int,
+    host: str | None,
+    receive_buffer: int,
+    prepare: Callable[[socket.socket], None] | None,
+) -> socket.socket:
     families = (socket.AF_INET6, socket.AF_INET) if host is None else (_family(host),)
     failure: OSError | None = None
     for family in families:
         try:
-            return _bind(family, host, port, receive_buffer)
+            return _bind(family, host, port, receive_buffer, prepare)
         except OSError as error:
             # No IPv6 here (module absent, or disabled by sysctl): IPv4 is all there is to hear.
             if error.errno not in {errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL}:
@@ -177,13 +187,23 @@ def _family(host: str) -> socket.AddressFamily:
     return found[0][0]
 
 
-def _bind(family: int, host: str | None, port: int, receive_buffer: int) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+def _bind(
+    family: int,
+    host: str | None,
+    port: int,
+    receive_buffer: int,
+    prepare: Callable[[socket.socket], None] | None,
+) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_DGRAM)
     try:
+        sock.setblocking(False)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1 if host else 0)
         _set_receive_buffer(sock, receive_buffer)
-        _refuse_shared_heartbeats(sock)
+        if sys.platform == "linux":
+            attach_filter(sock, _NO_SHARED_HEARTBEATS)
+        if prepare is not None:
+            prepare(sock)
         sock.bind((host or ("::" if family == socket.AF_INET6 else "0.0.0.0"), port))  # noqa: S104 - all addresses, as steered
     except BaseException:
         sock.close()
@@ -193,17 +213,28 @@ def _bind(family: int, host: str | None, port: int, receive_buffer: int) -> sock
 
 def _set_receive_buffer(sock: socket.socket, size: int) -> None:
     force = 33  # SO_RCVBUFFORCE: beyond net.core.rmem_max, needs CAP_NET_ADMIN
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, force, size)
-    except PermissionError:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+    if sys.platform == "linux":
+        with contextlib.suppress(PermissionError):
+            sock.setsockopt(socket.SOL_SOCKET, force, size)
+            return
+    while True:
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+        except OSError as error:
+            # BSDs refuse what is above their limit (kern.ipc.maxsockbuf), Linux gives what it allows.
+            if error.errno != errno.ENOBUFS or size <= _SMALLEST_BUFFER:
+                raise
+            size //= 2
+        else:
+            return
 
 
-def _refuse_shared_heartbeats(sock: socket.socket) -> None:
-    code = b"".join(struct.pack("=HBBI", *instruction) for instruction in _NO_SHARED_HEARTBEATS)
+def attach_filter(sock: socket.socket, instructions: Sequence[tuple[int, int, int, int]]) -> None:
+    """Put a classic BPF filter (code, jt, jf, k) in front of the socket, in place of one that is there."""
+    code = b"".join(struct.pack("=HBBI", *instruction) for instruction in instructions)
     buffer = ctypes.create_string_buffer(code)
     # struct sock_fprog: u16 length, padding, pointer
-    program = struct.pack("@HP", len(_NO_SHARED_HEARTBEATS), ctypes.addressof(buffer))
+    program = struct.pack("@HP", len(instructions), ctypes.addressof(buffer))
     sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
 
 
@@ -286,9 +317,12 @@ def _command(process: Path) -> str:
 def socket_drops(sockets: Iterable[ServiceSocket]) -> int:
     """Datagrams that the kernel dropped at these: buffer full, bad checksum, filtered; each modulo 2^32.
 
-    One whose descriptor was closed elsewhere has taken its count along.
+    One whose descriptor was closed elsewhere has taken its count along.  0 where it is not Linux, which
+    alone counts by socket.
     """
     drops = 0
+    if sys.platform != "linux":
+        return drops
     for _, sock in sockets:
         with contextlib.suppress(OSError):
             raw = sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, 64)
@@ -305,8 +339,13 @@ def close_sockets(sockets: Iterable[ServiceSocket]) -> None:
 
 
 def socket_cookie(sock: socket.socket) -> bytes:
-    """The kernel's own number of a socket; empty when its descriptor is closed, or no socket's any more."""
+    """The kernel's own number of a socket; empty when its descriptor is closed, or no socket's any more.
+
+    Elsewhere than on Linux the address that it is bound to, which another socket can't have at once.
+    """
     try:
+        if sys.platform != "linux":
+            return repr(sock.getsockname()).encode()
         return sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8)
     except OSError:
         return b""

@@ -51,6 +51,11 @@ _SEND_BUFFER = 16 << 20
 
 _HUGE_PAGE = 2 << 20
 
+#: Drivers whose zero-copy would cut packets in frames of 2,048 bytes.  igb counts its buffers in KiB, and
+#: what the headroom leaves of such a frame is one: the rest of a packet above 1,024 bytes would arrive as
+#: another packet (igb_main.c, igb_setup_srrctl; seen by `sluice lab vm`).
+_FRAMES_OF_4096 = frozenset({"igb"})
+
 
 class XskMap(Protocol):
     """What :func:`register` needs of the program's map ``xsks``."""
@@ -79,12 +84,16 @@ def open_queues(
     frame_size: int = 2048,
     reserve: int = 1024,
     transmit_ring: int = 2048,
+    longest: int = 0,
 ) -> LaneDescriptors:
     """Open every queue (or those named) of an interface in exactly this mode.
 
     ``mode`` is "native-zero-copy", "native-copy" or "generic-copy"; the first two
     want the program attached natively, which is up to the caller.  ``cookie`` is
-    the program's, for its metadata.  Nothing is left open when it fails.
+    the program's, for its metadata.  With ``longest`` packets up to that many bytes may lie in
+    several frames; the program then takes fragments, too (:mod:`xdp.jumbo`).  Nothing is left open
+    when it fails.  Frames are of 4,096 bytes, whatever is asked for, where the driver's zero-copy
+    needs that (igb); the descriptors' geometry says so.
 
     Raises UnsupportedError (the driver lacks the mode, no memory), BusyError (a queue has
     other sockets), PermissionsError, UsageError, InterfaceGoneError.
@@ -96,7 +105,11 @@ def open_queues(
     except OSError as error:
         raise UsageError(f"there is no interface {interface!r} here", hint="`ip link` lists them") from error
     chosen = _choose(interface, queues)
-    geometry = plan_geometry(lanes, frame_size=frame_size, reserve=reserve, transmit_ring=transmit_ring)
+    if mode == "native-zero-copy" and _driver(interface) in _FRAMES_OF_4096:
+        frame_size = 4096
+    geometry = plan_geometry(
+        lanes, frame_size=frame_size, reserve=reserve, transmit_ring=transmit_ring, longest=longest
+    )
     with contextlib.ExitStack() as cleanup:
         opened = [
             _open_queue(cleanup, interface, ifindex, queue, lanes, geometry, mode == "native-zero-copy")
@@ -120,6 +133,13 @@ def register(descriptors: LaneDescriptors, xsks: XskMap) -> None:
         for lane, fd in zip(descriptors.lanes, queue.sockets, strict=True):
             key = queue.queue * lib.SLUICE_MAX_LANES + lane.number
             xsks.update(struct.pack("=I", key), struct.pack("=I", fd))
+
+
+def _driver(interface: str) -> str:
+    """Its name, "" where there is none."""
+    from xdp.probe_interface import driver_name  # asks ethtool; not needed by any other mode
+
+    return driver_name(interface)
 
 
 def _choose(interface: str, queues: Sequence[int] | None) -> tuple[int, ...]:
@@ -176,6 +196,8 @@ def _open_queue(
         lib.sl_xsk_fill(first, geometry.fill_ring, geometry.fill_frames, geometry.frame_size),
     )
     flags = lib.SL_XSK_ZEROCOPY if zero_copy else lib.SL_XSK_COPY
+    if geometry.longest:
+        flags |= lib.SL_XSK_SG
     step("binding (zero-copy)" if zero_copy else "binding (copy)", _bind(first, ifindex, queue, flags, -1))
     for lane, fd in zip(lanes[1:], sockets[1:], strict=True):
         step(f"binding lane {lane.name}", _bind(fd, ifindex, queue, lib.SL_XSK_SHARED, first))

@@ -19,16 +19,20 @@ from typing import TYPE_CHECKING, Self
 
 from typing_extensions import Buffer
 
-from userspace.datagram.batch import Abandoned, Batch, worth_lingering
+from userspace.datagram import busy_poll
+from userspace.datagram.batch import Abandoned, Batch
 from userspace.datagram.companion import Companion
 from userspace.datagram.descriptors import LaneDescriptors, LaneSpec, Mode, QueueDescriptors
 from userspace.datagram.destination import Destination, Endpoint
 from userspace.datagram.fanout import Fanout
+from userspace.datagram.linger import Linger
 from userspace.datagram.mmsg import MmsgLanes
+from userspace.datagram.pin import Pins, Where
+from userspace.datagram.socket_errors import SocketError
 from userspace.datagram.socket_statistics import SendFailure
 from userspace.datagram.xsk_queues import failure, map_queue, watch_queues
-from userspace.datagram.xsk_send import Sender
-from userspace.datagram.xsk_statistics import Frames, QueueStatistics, XskStatistics, read_frames, read_queue
+from userspace.datagram.xsk_send import FrameTooSmallError, Sender
+from userspace.datagram.xsk_statistics import Frames, XskStatistics, describe, read_frames, read_queues
 from userspace.native._native import ffi, lib
 from xdp.errors import UsageError
 
@@ -118,7 +122,7 @@ class XskLanes:
         # One without sockets never has anything.
         self._companion = companion if companion is not None and companion.fileno() >= 0 else None
         self._turn = 0
-        self._last = 0  # packets of the latest batch
+        self._linger = Linger()
         if self._companion is not None:
             error = lib.sl_group_watch(self._group, self._companion.fileno())
             if error:
@@ -131,7 +135,8 @@ class XskLanes:
         self._spare: list[CData] = []
         #: of the last send_many
         self.failures: tuple[SendFailure, ...] = ()
-        self._sender = Sender(self._queues[0], descriptors.interface)
+        self._sender = Sender(self._queues[0], descriptors.interface, descriptors.geometry.frame_size)
+        self._pins = Pins(descriptors.interface, descriptors.ifindex, descriptors.pin)
 
     @property
     def mode(self) -> Mode:
@@ -172,6 +177,14 @@ class XskLanes:
             self._children = tuple(made)
         return self._children
 
+    def pin(self, where: Where = "policy") -> tuple[int, ...]:
+        """Keep the calling thread on the CPUs for these queues until they are closed (see pin.py)."""
+        return self._pins.pin(self._numbers, where, polls=busy_poll.describe(self._sockets())["polled"] > 0)
+
+    def _sockets(self) -> list[int]:
+        lanes = range(len(self.lanes))
+        return [lib.sl_queue_socket(queue, lane) for queue in self._queues for lane in lanes]
+
     # receiving
 
     def _memory(self, maximum: int) -> CData:
@@ -191,8 +204,8 @@ class XskLanes:
         """At most ``maximum`` packets of one queue, waiting up to ``timeout`` seconds for the first.
 
         An empty batch when the time is over; without a timeout it waits for ever.
-        With ``linger``, as long as packets come fast, each call first sleeps that many seconds (and
-        the kernel's timer slack, 50 µs by default) so that batches get larger: less CPU time a packet.
+        With ``linger``, as long as two packets are expected in that many seconds, each call first sleeps
+        (and the kernel's timer slack, 50 µs by default) so that batches get larger: less CPU time a packet.
         Raises InterfaceGoneError when the interface was deleted (one that is only
         down may come up again and go on), ValueError when the lanes are closed (also
         by another thread, meanwhile), UsageError when it would wait for ever because
@@ -209,10 +222,12 @@ class XskLanes:
                     return received
         spare = self._spare
         memory = spare.pop() if spare and 0 < maximum <= self._capacity else self._memory(maximum)
-        if linger > 0 and worth_lingering(self._last, maximum):
-            time.sleep(linger)
+        if linger > 0:
+            self._linger.wait(linger, maximum)
         wait = _FOREVER if timeout is None else timeout if timeout > 0 else 0.0
-        self._last = count = _receive(self._group, memory, maximum, wait)
+        count = _receive(self._group, memory, maximum, wait)
+        if linger > 0:
+            self._linger.received(count)
         if count > 0:
             return Batch(self, memory, count)
         return self._received_none(memory, maximum, count, timeout)
@@ -299,20 +314,23 @@ class XskLanes:
         ``destination`` is a Destination, or an (address, port) with ``port``, a service port, as the
         source port.  Such packets go where the kernel would send them, as it reports changes:
         as frames through the interface, or through the companion socket of ``port`` (own
-        addresses, other interfaces, a neighbour that the kernel has to look up first), which may
-        overtake the frames before them; its ``failures`` are in ``companion.lanes``.  Without
-        companion socket they go as resolve_destination says, which waits for neighbours and
-        raises UnsupportedError.
+        addresses, other interfaces, a neighbour that the kernel has to look up first; the whole
+        call where a payload fits the MTU but no frame), which may overtake the frames before
+        them; its ``failures`` are in ``companion.lanes``.  Without companion socket they go as
+        resolve_destination says, which waits for neighbours and raises UnsupportedError.
 
         Raises UsageError for a payload that does not fit the MTU (nothing is sent
         then), InterfaceGoneError, ValueError when closed.
         """
         if isinstance(destination, Destination):
             return self._sender.send(destination, payloads)
-        headers = self._headers(destination, port)
-        if isinstance(headers, Destination):
-            return self._sender.send(headers, payloads)
-        return headers.send(destination, payloads, port=port, timeout=0)
+        way = self._headers(destination, port)
+        if isinstance(way, Destination):
+            try:
+                return self._sender.send(way, payloads)
+            except FrameTooSmallError as error:
+                way = self._kernel_instead(port, error)
+        return way.send(destination, payloads, port=port, timeout=0)
 
     def _headers(self, destination: Endpoint, port: int | None) -> Destination | MmsgLanes:
         """What makes frames to an (address, port), or the kernel sockets that send there now."""
@@ -328,6 +346,12 @@ class XskLanes:
         kernel = self._companion.lanes if self._companion is not None else None
         return kernel if kernel is not None and port in kernel.ports else None
 
+    def _kernel_instead(self, port: int | None, error: FrameTooSmallError) -> MmsgLanes:
+        kernel = None if port is None else self._kernel(port)
+        if kernel is None:
+            raise error
+        return kernel
+
     def send_columns(
         self,
         destination: Destination | Endpoint,
@@ -342,15 +366,18 @@ class XskLanes:
         ``offsets`` and ``lengths`` are arrays of 32-bit numbers (array("I"), a
         column of a batch) of the same size.
         """
-        if not isinstance(destination, Destination):
-            headers = self._headers(destination, port)
-            if not isinstance(headers, Destination):
-                whole = memoryview(data).cast("B")
-                starts, sizes = (memoryview(numbers).cast("B").cast("I") for numbers in (offsets, lengths))
-                pieces = [whole[at : at + size] for at, size in zip(starts, sizes, strict=True)]
-                return headers.send(destination, pieces, port=port, timeout=0)
-            destination = headers
-        return self._sender.send_columns(destination, data, offsets, lengths)
+        if isinstance(destination, Destination):
+            return self._sender.send_columns(destination, data, offsets, lengths)
+        way = self._headers(destination, port)
+        if isinstance(way, Destination):
+            try:
+                return self._sender.send_columns(way, data, offsets, lengths)
+            except FrameTooSmallError as error:
+                way = self._kernel_instead(port, error)
+        whole = memoryview(data).cast("B")
+        starts, sizes = (memoryview(numbers).cast("B").cast("I") for numbers in (offsets, lengths))
+        pieces = [whole[at : at + size] for at, size in zip(starts, sizes, strict=True)]
+        return way.send(destination, pieces, port=port, timeout=0)
 
     def send_many(
         self, fanout: Fanout, payloads: Buffer | Sequence[Buffer], *, port: int | None = None
@@ -359,7 +386,8 @@ class XskLanes:
 
         Each goes where :meth:`send` would send it.  A payload is copied once for each frame and summed
         once for all.  Which were not accepted says ``failures``: EAGAIN where frames or the ring ran out.
-        What is longer than a path's MTU goes through the companion socket; without one that is UsageError.
+        What is longer than a path's MTU or a frame goes through the companion socket; without one that is
+        UsageError.
         """
         if port is None:
             raise UsageError("which port to send from is not known", hint="give port=, one of your services'")
@@ -371,8 +399,8 @@ class XskLanes:
 
         The payloads go as they are now, so write the answer into the views first (the
         length stays).  Packets that may not be answered (group addresses, IPv4
-        options, IPv6 extension headers) and what the ring has no room for are
-        given back instead.  Returns how many are sent.
+        options, IPv6 extension headers), those in several frames and what the ring has
+        no room for are given back instead.  Returns how many are sent.
 
         ``checksum=False`` keeps the UDP checksum: right only for unchanged payloads
         that came over a wire.
@@ -408,15 +436,14 @@ class XskLanes:
         """The kernel sockets served along with the queues."""
         return self._companion
 
-    # looking
-
     def statistics(self) -> XskStatistics:
         """What the sockets and rings counted; frames and where they are."""
-        queues: list[QueueStatistics] = [
-            read_queue(queue, number, self.lanes)
-            for queue, number in zip(self._queues, self._numbers, strict=True)
-        ]
-        return XskStatistics(tuple(queues))
+        return read_queues(self._queues, self._numbers, self.lanes)
+
+    def socket_errors(self) -> tuple[SocketError, ...]:
+        """Errors of what was sent from a port with a companion socket, frames too; see Lanes."""
+        kernel = self._companion.lanes if self._companion is not None else None
+        return kernel.socket_errors() if kernel is not None else ()
 
     def frames(self) -> tuple[Frames, ...]:
         """Where the frames of each queue are, counted frame by frame: slow, for tests and checks."""
@@ -425,17 +452,9 @@ class XskLanes:
     def status(self) -> dict[str, object]:
         """What is in use, JSON-able."""
         return {
-            "mode": self.mode,
-            "interface": self.interface,
-            "queues": list(self._numbers),
-            "lanes": [lane.name for lane in self.lanes],
-            "refused": [
-                {"mode": refusal.mode, "reason": refusal.reason} for refusal in self._descriptors.refused
-            ],
+            **describe(self._descriptors, self._numbers),
             "companion_ports": list(self._companion.ports) if self._companion is not None else [],
-            "zero_copy": self.mode == "native-zero-copy",
-            "frame_size": self._descriptors.geometry.frame_size,
-            "memory_bytes": self._descriptors.geometry.area * len(self._queues),
+            "busy_poll": busy_poll.describe(self._sockets()),
         }
 
     def close(self) -> None:
@@ -450,6 +469,7 @@ class XskLanes:
         for child in self._children:
             child.close()
         lib.sl_group_close(self._group)
+        self._pins.restore()
         self._sender.close()
         if self._companion is not None and not self._is_part:
             self._companion.close()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from userspace.datagram.descriptors import LaneDescriptors, QueueDescriptors
 from userspace.native._native import ffi, lib
-from xdp.errors import BusyError, InterfaceGoneError, SluiceError, UnsupportedError, UsageError
+from xdp.errors import OPEN_FILES, BusyError, InterfaceGoneError, SluiceError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     from userspace.native._native import CData
@@ -36,6 +36,7 @@ def map_queue(descriptors: LaneDescriptors, queue: QueueDescriptors) -> CData:
     config.completion_ring = geometry.completion_ring
     config.transmit_ring = geometry.transmit_ring
     config.cookie = descriptors.cookie
+    config.longest = geometry.longest
     config.lanes = len(descriptors.lanes)
     for index, lane in enumerate(descriptors.lanes):
         config.lane[index].fd = queue.sockets[index]
@@ -79,7 +80,7 @@ def watch_queues(queues: Sequence[CData], slot: int) -> CData:
     if group == ffi.NULL:
         raise UnsupportedError(
             f"{ffi.string(error.step).decode()}: {os.strerror(error.code)}",
-            hint="raise the limit of open files (`ulimit -n`)",
+            hint=OPEN_FILES,
         )
 
     def free(pointer: CData, _kept: tuple[CData, ...] = kept) -> None:

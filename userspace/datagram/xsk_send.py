@@ -43,12 +43,23 @@ _SPREAD_AGE = 0.5
 _MAX_KEPT = 65_536
 
 
+class FrameTooSmallError(UsageError):
+    """A payload fits the MTU but not a frame: the kernel's sockets can send it."""
+
+
+def longest(to: Destination, frame_size: int) -> int:
+    """Bytes of payload that fit both the MTU and a frame."""
+    headers: int = to.template.length
+    return min(to.payload_maximum, frame_size - headers)
+
+
 class Spread:
     """A fan-out as it is routed at the moment."""
 
     __slots__ = (
         "_endpoints",
         "_found",
+        "_frame_size",
         "frames",
         "kernel",
         "maximum",
@@ -66,9 +77,11 @@ class Spread:
         version: int,
         until: float,
         found: Sequence[Destination | Elsewhere],
+        frame_size: int = 2048,
     ) -> None:
         self.port, self.version, self.until = port, version, until
         self._endpoints = endpoints
+        self._frame_size = frame_size
         self._found = found  # keeps the templates
         headers = [one for one in found if isinstance(one, Destination)]
         #: indices of those that get a frame, and of those that the kernel reaches
@@ -76,17 +89,17 @@ class Spread:
         self.kernel = tuple(index for index, one in enumerate(found) if isinstance(one, Elsewhere))
         self.others = Fanout(endpoints[index] for index in self.kernel) if self.kernel else None
         self.templates = ffi.new("struct sl_template *[]", [one.template for one in headers])
-        self.maximum = min((one.payload_maximum for one in headers), default=1 << 16)
+        self.maximum = min((longest(one, frame_size) for one in headers), default=1 << 16)
 
     def without_longer(self, data: Outgoing) -> Spread:
-        """The same with what fits no frame left to the kernel, which fragments it."""
+        """The same with what fits no packet, or no frame, left to the kernel, which fragments it."""
         found = [
-            Elsewhere("longer than the MTU")
-            if isinstance(one, Destination) and data.lengths[index] > one.payload_maximum
+            Elsewhere("longer than the MTU, or than a frame")
+            if isinstance(one, Destination) and data.lengths[index] > longest(one, self._frame_size)
             else one
             for index, one in enumerate(self._found)
         ]
-        return Spread(self._endpoints, self.port, self.version, self.until, found)
+        return Spread(self._endpoints, self.port, self.version, self.until, found, self._frame_size)
 
     def columns(self, data: Outgoing) -> tuple[CData, CData]:
         """Offsets and lengths of the payloads that leave as frames."""
@@ -103,9 +116,10 @@ class Spread:
 class Sender:
     """Sends from the transmit frames of one queue."""
 
-    def __init__(self, queue: CData, interface: str) -> None:
+    def __init__(self, queue: CData, interface: str, frame_size: int) -> None:
         self._queue = queue
         self._interface = interface
+        self._frame_size = frame_size
         self._resolved: dict[tuple[object, int, int], tuple[float, Destination]] = {}
         self._routed: dict[tuple[object, int, int], tuple[Route, int, Destination]] = {}
         self._spreads: WeakKeyDictionary[Fanout, Spread] = WeakKeyDictionary()
@@ -177,7 +191,7 @@ class Sender:
             ]
             passing = any(one.passing for one in found if isinstance(one, Elsewhere))
             until = now if passing else now + _SPREAD_AGE
-            spread = Spread(fanout.endpoints, port, version, until, found)
+            spread = Spread(fanout.endpoints, port, version, until, found, self._frame_size)
             self._spreads[fanout] = spread
             return spread
 
@@ -189,7 +203,8 @@ class Sender:
         spread = self.spread(fanout, port, routed=kernel is not None)
         if data.longest > spread.maximum:
             if kernel is None:
-                raise UsageError(f"a payload of {data.longest} bytes; {spread.maximum} fit the smallest MTU")
+                fit = f"{spread.maximum} fit a frame and the smallest MTU"
+                raise UsageError(f"a payload of {data.longest} bytes; {fit}")
             spread = spread.without_longer(data)
         offsets, lengths = spread.columns(data)
         count = len(spread.frames)
@@ -260,8 +275,15 @@ class Sender:
             return result
         index = self._bad[0]
         if result == -errno.EMSGSIZE:
+            if lengths[index] <= to.payload_maximum:
+                most = longest(to, self._frame_size)
+                raise FrameTooSmallError(
+                    f"payload {index} has {lengths[index]} bytes; {most} fit a frame",
+                    hint="send to an (address, port), for companion sockets to send it; nothing was sent",
+                )
             raise UsageError(
-                f"payload {index} has {lengths[index]} bytes; {to.payload_maximum} fit the MTU of {to.mtu}",
+                f"payload {index} has {lengths[index]} bytes; {longest(to, self._frame_size)} fit "
+                f"a frame and the MTU of {to.mtu}",
                 hint="send less at a time; nothing of this call was sent",
             )
         if result == -errno.EFAULT:

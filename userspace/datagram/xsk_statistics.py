@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from userspace.datagram.descriptors import LaneSpec
+from userspace.datagram.descriptors import LaneDescriptors, LaneSpec
 from userspace.native._native import ffi, lib
 
 if TYPE_CHECKING:
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 class LaneStatistics:
     """One lane of one queue, in packets since opening unless said otherwise.
 
-    ``waiting`` are in the receive ring now, ``held`` with the application now.
+    ``waiting`` are descriptors in the receive ring now, ``held`` frames with the application now: a
+    packet in several frames (``jumbo`` of those received) has one of each for every frame. ``too_long``
+    were discarded: in several frames, and longer than the MTU allowed when the lanes were opened.
     The rest is XDP_STATISTICS of the lane's socket: ``ring_full`` came while the
     ring was full, ``dropped`` found no frame or did not fit one, ``fill_empty``
     counts times that the queue had no frame left.
@@ -32,14 +34,21 @@ class LaneStatistics:
     ring_full: int
     dropped: int
     fill_empty: int
+    jumbo: int
+    too_long: int
 
 
 @dataclass(frozen=True, slots=True)
 class Frames:
-    """Where the frames of a queue are; ``balanced`` is always true."""
+    """Where the frames of a queue are; ``balanced`` is always true.
+
+    ``reserved`` are those that the application writes payloads into (ZeroCopyUDP), ``application``
+    those of received packets that it holds, by lane.
+    """
 
     total: int
     free: int
+    reserved: int
     kernel: int
     transmit: int
     application: tuple[int, ...]
@@ -47,21 +56,23 @@ class Frames:
     @property
     def balanced(self) -> bool:
         """Whether every frame is somewhere."""
-        return self.total == self.free + self.kernel + self.transmit + sum(self.application)
+        return self.total == self.free + self.reserved + self.kernel + self.transmit + sum(self.application)
 
     @classmethod
     def of(cls, raw: CData, lanes: int) -> Frames:
         """From a ``struct sl_frames``."""
         held = tuple(raw.application[index] for index in range(lanes))
-        return cls(raw.total, raw.free, raw.kernel, raw.transmit, held)
+        return cls(raw.total, raw.free, raw.reserved, raw.kernel, raw.transmit, held)
 
 
 @dataclass(frozen=True, slots=True)
 class QueueStatistics:
     """One queue; ``sent`` counts packets given to the kernel, ``completed`` those it is done with.
 
-    ``kicks`` and ``wakeups`` are system calls to start sending, and to make a
-    driver look at the fill ring again.
+    Of those sent, ``echoed`` went back and ``forwarded`` on; the refused ones of either were given back.
+
+    ``kicks``, ``wakeups`` and ``polls`` are system calls to start sending, to make a
+    driver look at the fill ring again, and for busy polling.
     """
 
     queue: int
@@ -71,9 +82,12 @@ class QueueStatistics:
     completed: int
     echoed: int
     echo_refused: int
+    forwarded: int
+    forward_refused: int
     transmit_invalid: int
     kicks: int
     wakeups: int
+    polls: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +123,8 @@ class XskStatistics:
                     "ring_full",
                     "dropped",
                     "fill_empty",
+                    "jumbo",
+                    "too_long",
                 )
             ),
         )
@@ -145,6 +161,8 @@ def read_queue(queue: CData, number: int, lanes: Sequence[LaneSpec]) -> QueueSta
                 raw.rx_ring_full,
                 raw.rx_dropped,
                 raw.rx_fill_ring_empty_descs,
+                counters.jumbo[index],
+                counters.too_long[index],
             )
         )
     sending = ffi.new("struct sl_xsk_statistics *")
@@ -159,7 +177,32 @@ def read_queue(queue: CData, number: int, lanes: Sequence[LaneSpec]) -> QueueSta
         counters.completed,
         counters.echoed,
         counters.echo_refused,
+        counters.forwarded,
+        counters.forward_refused,
         sending.tx_invalid_descs,
         counters.kicks,
         counters.wakeups,
+        counters.polls,
     )
+
+
+def read_queues(queues: Sequence[CData], numbers: Sequence[int], lanes: Sequence[LaneSpec]) -> XskStatistics:
+    """What all queues counted."""
+    found = [read_queue(queue, number, lanes) for queue, number in zip(queues, numbers, strict=True)]
+    return XskStatistics(tuple(found))
+
+
+def describe(descriptors: LaneDescriptors, queues: Sequence[int]) -> dict[str, object]:
+    """What these lanes are made of, JSON-able."""
+    geometry = descriptors.geometry
+    return {
+        "mode": descriptors.mode,
+        "interface": descriptors.interface,
+        "queues": list(queues),
+        "lanes": [lane.name for lane in descriptors.lanes],
+        "refused": [{"mode": refusal.mode, "reason": refusal.reason} for refusal in descriptors.refused],
+        "zero_copy": descriptors.mode == "native-zero-copy",
+        "frame_size": geometry.frame_size,
+        "longest_packet": geometry.longest,
+        "memory_bytes": geometry.area * len(queues),
+    }
