@@ -14,6 +14,12 @@
 #define UDP_GRO 104
 #endif
 
+#ifndef SO_MEMINFO /* asm-generic/socket.h */
+#define SO_MEMINFO 55
+#endif
+#define MEMINFO_WORDS 9
+#define MEMINFO_DROPS 8 /* linux/sock_diag.h: SK_MEMINFO_DROPS */
+
 #define BATCH_MAX 1024
 #define BUFFER_SIZE 2048        /* bytes */
 #define SOCKET_BUFFER (8 << 20) /* bytes: what a tuned service asks for */
@@ -51,6 +57,17 @@ static inline int open_udp(uint16_t port)
 	if (bind(fd, (struct sockaddr *)&address, sizeof(address)))
 		fail("bind", errno);
 	return fd;
+}
+
+/* Datagrams that found the socket's buffer full. */
+static inline uint64_t socket_drops(int fd)
+{
+	uint32_t words[MEMINFO_WORDS] = { 0 };
+	socklen_t length = sizeof(words);
+
+	if (getsockopt(fd, SOL_SOCKET, SO_MEMINFO, words, &length))
+		return 0;
+	return words[MEMINFO_DROPS];
 }
 
 static inline void prepare_batch(uint32_t length)

@@ -34,6 +34,7 @@ int main(int argc, char **argv)
 		count(&report, received, bytes);
 	}
 	finish(&report);
+	report.lost += socket_drops(fd);
 	print_report(&report);
 	close(fd);
 	return 0;

@@ -35,10 +35,12 @@ struct arguments {
 	uint32_t size; /* bytes: UDP payload or frame, as the program says */
 	uint16_t port;
 	double seconds;
-	uint32_t interval_us; /* between round trips */
+	uint32_t interval_us; /* between round trips; slept before each look at the socket */
 	uint32_t ports;       /* to send to, from port on, in turn; 1: only that one */
 	int touch;            /* read 8 bytes of every packet */
 	int offload;          /* datagrams share messages: UDP_GRO, UDP_SEGMENT */
+	int open_loop;        /* ask on time, whether or not the last answer has come */
+	double rate;          /* packets per second, where a program has a pace */
 	const char *frame;    /* file with the frame to send */
 	const char *address;  /* of the peer */
 };
@@ -52,6 +54,7 @@ struct report {
 	uint64_t cpu_began_ns;
 	uint64_t cpu_ended_ns;
 	uint64_t sink; /* of what was touched: keeps the compiler from leaving it out */
+	uint64_t umem; /* bytes */
 };
 
 static volatile sig_atomic_t stopped;
@@ -90,6 +93,8 @@ static inline struct arguments parse_arguments(int argc, char **argv)
 		{ "seconds", required_argument, NULL, 't' },
 		{ "touch", no_argument, NULL, 'T' },
 		{ "offload", no_argument, NULL, 'O' },
+		{ "open", no_argument, NULL, 'L' },
+		{ "rate", required_argument, NULL, 'r' },
 		{ "frame", required_argument, NULL, 'f' },
 		{ "address", required_argument, NULL, 'a' },
 		{ "interval", required_argument, NULL, 'n' },
@@ -130,6 +135,12 @@ static inline struct arguments parse_arguments(int argc, char **argv)
 			break;
 		case 'O':
 			arguments.offload = 1;
+			break;
+		case 'L':
+			arguments.open_loop = 1;
+			break;
+		case 'r':
+			arguments.rate = strtod(optarg, NULL);
 			break;
 		case 'f':
 			arguments.frame = optarg;
@@ -202,15 +213,35 @@ static inline void finish(struct report *report)
 	report->cpu_ended_ns = clock_ns(CLOCK_PROCESS_CPUTIME_ID);
 }
 
+/*
+ * The most memory that this program has used, in KiB.  Not getrusage's ru_maxrss, which an exec does
+ * not reset: a small program would show what its large parent had when it forked.
+ */
+static inline unsigned long peak_rss_kib(void)
+{
+	FILE *file = fopen("/proc/self/status", "r");
+	unsigned long peak = 0;
+	char line[128];
+
+	if (!file)
+		return 0;
+	while (!peak && fgets(line, sizeof(line), file)) {
+		if (!strncmp(line, "VmHWM:", 6))
+			peak = strtoul(line + 6, NULL, 10);
+	}
+	fclose(file);
+	return peak;
+}
+
 static inline void print_report(const struct report *report)
 {
 	printf("{\"packets\": %llu, \"bytes\": %llu, \"lost\": %llu, \"seconds\": %.6f, "
-	       "\"process_cpu_ns\": %llu, \"sink\": %llu}\n",
+	       "\"process_cpu_ns\": %llu, \"rss_kib\": %lu, \"umem_kib\": %llu, \"sink\": %llu}\n",
 	       (unsigned long long)report->packets, (unsigned long long)report->bytes,
 	       (unsigned long long)report->lost,
 	       report->began_ns ? (report->ended_ns - report->began_ns) / 1e9 : 0.0,
-	       (unsigned long long)(report->cpu_ended_ns - report->cpu_began_ns),
-	       (unsigned long long)report->sink);
+	       (unsigned long long)(report->cpu_ended_ns - report->cpu_began_ns), peak_rss_kib(),
+	       (unsigned long long)report->umem / 1024, (unsigned long long)report->sink);
 }
 
 #endif /* SLUICE_BENCH_REFERENCE_H */

@@ -48,7 +48,7 @@ int main(int argc, char **argv)
 {
 	struct arguments arguments = parse_arguments(argc, argv);
 	struct reference_socket s = { 0 };
-	struct report report = { 0 };
+	struct report report = { .umem = (uint64_t)FRAMES * FRAME_SIZE };
 	uint32_t received, from, to, i;
 	uint64_t bytes;
 

@@ -24,7 +24,7 @@ int main(int argc, char **argv)
 {
 	struct arguments arguments = parse_arguments(argc, argv);
 	struct reference_socket s = { 0 };
-	struct report report = { 0 };
+	struct report report = { .umem = (uint64_t)FRAMES * FRAME_SIZE };
 	uint64_t free_frames[TRANSMIT_FRAMES];
 	uint32_t unused = TRANSMIT_FRAMES;
 	char frame[FRAME_SIZE];
