@@ -11,6 +11,8 @@ run there builds the C modules alone, as tools/sluice does.  Nothing of this fol
 
 from __future__ import annotations
 
+import sys
+
 from setuptools import setup
 from setuptools.build_meta import _BuildMetaBackend
 from setuptools.command.sdist import sdist
@@ -31,7 +33,9 @@ class SourceDistribution(sdist):
 
 def build() -> None:
     """Run the command in ``sys.argv``, as a setup.py would."""
-    setup(cffi_modules=[*CFFI_MODULES], cmdclass={"sdist": SourceDistribution})
+    # Elsewhere modules in Python stand in for them (xdp/elsewhere.py).
+    modules = CFFI_MODULES if sys.platform == "linux" else ()
+    setup(cffi_modules=[*modules], cmdclass={"sdist": SourceDistribution})
 
 
 class Backend(_BuildMetaBackend):

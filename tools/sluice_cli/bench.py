@@ -7,39 +7,33 @@ So all paths take turns, round after round, and the medians are compared.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any, Final
 
 import click
 
+from sluice_cli.bench_all import everything
+from sluice_cli.bench_connections import connections
+from sluice_cli.bench_cpu import cpu
+from sluice_cli.bench_flow import flow
+from sluice_cli.bench_latency import (
+    BATCH_PATHS,
+    BATCHES,
+    LOADS,
+    batch_table,
+    batches,
+    latencies,
+    latency_table,
+)
 from sluice_cli.bench_machine import cpus, machine
+from sluice_cli.bench_measure import SIZES, Contender, Progress, measure, rates_table
 from sluice_cli.bench_program import program
-from sluice_cli.bench_room import HEARTBEAT_PORT, PORT, SENDING, Room, Sample
+from sluice_cli.bench_room import Room
 from sluice_cli.bench_soak import soak
-from sluice_cli.output import Output, Table, common_options, examples
-
-#: Bytes of UDP payload, by the name of the row: 22 makes a frame of 64 bytes.
-SIZES: Final = {64: 22, 1232: 1232}
+from sluice_cli.output import Output, common_options, examples
 
 #: Seconds; with the timer slack that the kernel adds (50 µs) about the time in which 256 packets come.
 LINGER: Final = 20e-6
-
-_HEARTBEAT_BYTES: Final = 32
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One contender: how the room calls it, its batch, whether it reads what it receives, its linger (s)."""
-
-    name: str
-    run: str
-    batch: int
-    touch: bool = False
-    linger: float = 0.0
-
 
 RECEIVE: Final = (
     Contender("xsk-c", "xsk-c", 256),
@@ -49,6 +43,8 @@ RECEIVE: Final = (
     Contender("sluice-touch", "sluice", 256, touch=True),
     Contender("sluice-linger-touch", "sluice", 256, touch=True, linger=LINGER),
     Contender("sluice-64", "sluice", 64),
+    Contender("xsk-generic-c", "xsk-c", 256, mode="generic"),
+    Contender("sluice-generic", "sluice", 256, mode="generic"),
     Contender("recvmmsg-c", "mmsg-c", 64),
     Contender("recvmmsg-gro-c", "mmsg-offload-c", 64),
     Contender("sluice-mmsg", "sluice-mmsg", 64),
@@ -59,6 +55,7 @@ RECEIVE: Final = (
 TRANSMIT: Final = (
     Contender("xsk-c", "xsk-c", 256),
     Contender("sluice", "sluice", 256),
+    Contender("sluice-zero", "sluice-zero", 256),
     Contender("sendmmsg-c", "mmsg-c", 64),
     Contender("sendmmsg-gso-c", "mmsg-offload-c", 64),
     Contender("sluice-mmsg", "sluice-mmsg", 64),
@@ -66,11 +63,20 @@ TRANSMIT: Final = (
 ECHO: Final = (
     Contender("xsk-c", "xsk-c", 64),
     Contender("sluice", "sluice", 64),
+    Contender("xsk-generic-c", "xsk-c", 64, mode="generic"),
+    Contender("sluice-generic", "sluice", 64, mode="generic"),
     Contender("recvmmsg-c", "mmsg-c", 64),
     Contender("sluice-mmsg", "sluice-mmsg", 64),
     Contender("socket", "socket", 1),
     Contender("asyncio", "asyncio", 1),
     Contender("uvloop", "uvloop", 1),
+)
+#: Who answers single questions: who echoes, and one that polls before it sleeps.
+LATENCY: Final = (
+    *ECHO[:2],
+    Contender("sluice-linger", "sluice", 64, linger=LINGER),
+    Contender("sluice-poll", "sluice-poll", 64),
+    *ECHO[2:],
 )
 #: One payload to each of 200 destinations, as a node of a Turbine tree sends on (its fan-out).
 FANOUT: Final = (
@@ -93,20 +99,23 @@ PATHS: Final = {
     "receive": RECEIVE, "transmit": TRANSMIT, "echo": ECHO, "fanout": FANOUT, "manager": MANAGER
 }  # fmt: skip
 
-#: What a path's rate is divided by: the C program on libxdp that does the same.
-_REFERENCE: Final = {"sluice-touch": "xsk-c-touch", "sluice-linger-touch": "xsk-c-touch"}
-
 
 @click.group(
     epilog=examples(
-        """sudo sluice bench receive
+        """sudo sluice bench all --report docs/benchmarks.md
+        sudo sluice bench receive
         sudo sluice bench receive --size 1232 --path sluice --path xsk-c --runs 5
         sudo sluice bench transmit --size 64
         sudo sluice bench fanout --size 1232
         sudo sluice bench manager
         sudo sluice bench echo --json
         sudo sluice bench latency --seconds 10
+        sudo sluice bench latency --load flood --path sluice --path recvmmsg-c
+        sudo sluice bench batch
+        sudo sluice bench cpu
         sudo sluice bench program
+        sluice bench flow
+        sluice bench connections
         sudo sluice bench soak --minutes 10"""
     )
 )
@@ -124,8 +133,8 @@ def _options(direction: str) -> Callable[[Callable[..., Any]], Callable[..., Any
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for option in (
             click.option("--path", "paths", multiple=True, type=click.Choice(names), help="Only this path."),
-            click.option("--size", "sizes", multiple=True, type=click.Choice(["64", "1232"]),
-                         help="Only this size: frames of 64 bytes, payloads of 1,232."),
+            click.option("--size", "sizes", multiple=True, type=click.Choice([str(size) for size in SIZES]),
+                         help="64: frames of 64 bytes; 512 and 1232: of payload."),
             click.option("--seconds", type=click.FloatRange(0.2, 60), default=2.0, show_default=True,
                          help="Of each measurement."),
             click.option("--runs", type=click.IntRange(1, 20), default=3, show_default=True,
@@ -150,105 +159,28 @@ def _measure(
     chosen = [path for path in PATHS[direction] if not paths or path.name in paths]
     wanted = [int(size) for size in sizes] or list(SIZES)
     receiver, generator = cpus(same_core)
-    samples: dict[tuple[str, int], list[Sample]] = {}
     with Room(receiver_cpu=receiver, generator_cpu=generator) as room:
-        for size in wanted:
-            for number in range(runs):
-                for path in chosen:
-                    output.progress(f"{direction} {size} B, round {number + 1} of {runs}: {path.name}")
-                    sample = room.measure(
-                        path.run,
-                        direction,
-                        size=SIZES[size],
-                        batch=path.batch,
-                        seconds=seconds,
-                        touch=path.touch,
-                        linger=path.linger,
-                    )
-                    samples.setdefault((path.name, size), []).append(sample)
-    rows = [_row(path, direction, size, samples) for size in wanted for path in chosen]
+        rows = measure(
+            room,
+            direction,
+            chosen,
+            sizes=wanted,
+            seconds=seconds,
+            runs=runs,
+            progress=Progress(output.progress),
+        )
     document = {"machine": machine(same_core), "results": rows}
-    output.report(document, lambda: output.table(_table(direction, rows)))
-
-
-def _median(samples: Sequence[Sample], field: str) -> float:
-    return float(statistics.median(getattr(sample, field) for sample in samples))
-
-
-def _ratio(of: Sequence[Sample] | None, to: Sequence[Sample] | None) -> float | None:
-    """Of medians, not of pairs: a pause of the machine then spoils one run, not the ratio."""
-    if not of or not to:
-        return None
-    return round(_median(of, "packets_per_second") / _median(to, "packets_per_second"), 3)
-
-
-def _row(
-    path: Contender, direction: str, size: int, samples: dict[tuple[str, int], list[Sample]]
-) -> dict[str, Any]:
-    own = samples[path.name, size]
-    kernel = "sendmmsg-c" if direction in SENDING else "recvmmsg-c"
-    reference = samples.get((_REFERENCE.get(path.name, "xsk-c"), size))
-    cpu = _median(own, "process_cpu_ns")
-    return {
-        "path": path.name,
-        "direction": direction,
-        "size": size,
-        "batch": path.batch,
-        "packets_per_second": round(_median(own, "packets_per_second")),
-        "process_cpu_ns": round(cpu, 1),
-        "machine_cpu_ns": round(_median(own, "machine_cpu_ns"), 1),
-        "loss": round(_median(own, "loss"), 4),
-        "ratio_to_c": _ratio(own, reference),
-        "ratio_to_recvmmsg": _ratio(own, samples.get((kernel, size))),
-        "cpu_ratio_to_c": round(cpu / _median(reference, "process_cpu_ns"), 2) if reference else None,
-        "runs": len(own),
-    }
-
-
-def _table(direction: str, rows: Sequence[dict[str, Any]]) -> Table:
-    def number(value: float | None, digits: int = 0) -> str:
-        return "-" if value is None else f"{value:,.{digits}f}"
-
-    return Table(
-        title=direction,
-        columns=[
-            "path",
-            "size",
-            "batch",
-            "packets/s",
-            "CPU ns",
-            "machine ns",
-            "loss",
-            "to C",
-            "CPU to C",
-            "to mmsg",
-        ],
-        rows=[
-            [
-                row["path"],
-                str(row["size"]),
-                str(row["batch"]),
-                number(row["packets_per_second"]),
-                number(row["process_cpu_ns"], 1),
-                number(row["machine_cpu_ns"], 1),
-                f"{row['loss']:.1%}",
-                number(row["ratio_to_c"], 3),
-                number(row["cpu_ratio_to_c"], 2),
-                number(row["ratio_to_recvmmsg"], 2),
-            ]
-            for row in rows
-        ],
-        right=frozenset(range(1, 10)),
-    )
+    output.report(document, lambda: output.table(rates_table(direction, rows)))
 
 
 @bench.command(name="receive")
 @_options("receive")
 def receive(output: Output, **options: Any) -> None:
-    """Receive as fast as it goes: packets per second, CPU, loss.
+    """Receive as fast as it goes: packets per second, CPU, loss, memory.
 
-    "touch" reads 8 bytes of every packet, "linger" waits a moment for larger batches.  A flood
-    is more than any path can take, so "loss" says how much; what counts is the rate that remains.
+    "generic" has the program in the kernel's stack instead of the driver; "touch" reads 8 bytes of
+    every packet, "linger" waits a moment for larger batches.  A flood is more than most paths can take,
+    so "loss" says how much; what counts is the rate that remains.
     """
     _measure(output, "receive", **options)
 
@@ -285,62 +217,63 @@ def echo(output: Output, **options: Any) -> None:
 
 
 @bench.command(name="latency")
+@click.option("--path", "paths", multiple=True, type=click.Choice([path.name for path in LATENCY]),
+              help="Only this path.")  # fmt: skip
+@click.option("--load", "loads", multiple=True, type=click.Choice(LOADS), help="Only this load.")
 @click.option(
     "--seconds", type=click.FloatRange(0.2, 60), default=3.0, show_default=True, help="Of each path."
 )
-@click.option("--interval", type=click.IntRange(0, 1_000_000), default=200, show_default=True,
-              help="Microseconds between an answer and the next question.")  # fmt: skip
+@click.option("--interval", type=click.IntRange(10, 1_000_000), default=200, show_default=True,
+              help="Microseconds between questions; on an idle link, after each answer.")  # fmt: skip
 @common_options
-def latency(output: Output, seconds: float, interval: int) -> None:
-    """Round trips of single datagrams over an otherwise idle link.
+def latency(
+    output: Output, paths: Sequence[str], loads: Sequence[str], seconds: float, interval: int
+) -> None:
+    """Round trips of single datagrams: idle, at half load, under flood.
 
-    The same C program asks every echo server; "heartbeat" is answered by the XDP program.
+    The same C program asks every echo server; "heartbeat" is answered by the XDP program, "poll"
+    looks for a millisecond before it sleeps (busy_poll).  At half load the path echoes half of what it
+    could (measured first) besides.  The flood goes to the same port; where there are lanes (Sluice), into
+    the lower one.
     """
-    receiver, generator = cpus(same_core=False)
-    rows: list[dict[str, Any]] = []
-    with Room(receiver_cpu=receiver, generator_cpu=generator) as room:
-        for path in ("heartbeat", *(path.run for path in ECHO)):
-            output.progress(f"latency: {path}")
-            with ExitStack() as cleanup:
-                if path != "heartbeat":
-                    # The server may outlive the asking by what it takes to start and to be read.
-                    cleanup.enter_context(room.echoing(path, size=_HEARTBEAT_BYTES, seconds=seconds + 2))
-                report = room.round_trips(
-                    HEARTBEAT_PORT if path == "heartbeat" else PORT,
-                    size=_HEARTBEAT_BYTES,
-                    seconds=seconds,
-                    interval_us=interval,
-                )
-            rows.append(
-                {
-                    "path": path,
-                    "direction": "latency",
-                    "size": _HEARTBEAT_BYTES,
-                    "packets": report["packets"],
-                    "lost": report["lost"],
-                    "latency_us": {"p50": report["p50"], "p99": report["p99"], "p99.9": report["p999"]},
-                }
-            )
+    chosen = [path for path in LATENCY if not paths or path.name in paths]
+    with Room(*cpus(same_core=False)) as room:
+        rows = latencies(
+            room,
+            chosen,
+            loads=loads or LOADS,
+            seconds=seconds,
+            interval_us=interval,
+            progress=Progress(output.progress),
+            heartbeat=not paths,
+        )
     document = {"machine": machine(same_core=False), "results": rows}
-    output.report(document, lambda: output.table(_latency_table(rows)))
+    output.report(document, lambda: output.table(latency_table(rows)))
 
 
-def _latency_table(rows: Sequence[dict[str, Any]]) -> Table:
-    return Table(
-        title="round trip, microseconds",
-        columns=["path", "packets", "lost", "p50", "p99", "p99.9"],
-        rows=[
-            [
-                row["path"],
-                f"{row['packets']:,}",
-                str(row["lost"]),
-                *(f"{row['latency_us'][name]:.1f}" for name in ("p50", "p99", "p99.9")),
-            ]
-            for row in rows
-        ],
-        right=frozenset(range(1, 6)),
-    )
+@bench.command(name="batch")
+@click.option("--batch", "sizes", multiple=True, type=click.Choice([str(size) for size in BATCHES]),
+              help="Only this batch size.")  # fmt: skip
+@click.option("--path", "paths", multiple=True, type=click.Choice(BATCH_PATHS), help="Only this path.")
+@click.option("--seconds", type=click.FloatRange(0.2, 60), default=2.0, show_default=True,
+              help="Of each measurement.")  # fmt: skip
+@click.option("--interval", type=click.IntRange(10, 1_000_000), default=200, show_default=True,
+              help="Microseconds between questions.")  # fmt: skip
+@common_options
+def batch(output: Output, paths: Sequence[str], sizes: Sequence[str], seconds: float, interval: int) -> None:
+    """Batch size against rate and latency: echo as fast as it goes, then round trips at half of that."""
+    with Room(*cpus(same_core=False)) as room:
+        rows = batches(
+            room,
+            paths=[path for path in BATCH_PATHS if not paths or path in paths],
+            sizes=[size for size in BATCHES if not sizes or str(size) in sizes],
+            seconds=seconds,
+            interval_us=interval,
+            progress=Progress(output.progress),
+        )
+    document = {"machine": machine(same_core=False), "results": rows}
+    output.report(document, lambda: output.table(batch_table(rows)))
 
 
-bench.add_command(program)
-bench.add_command(soak)
+for _command in (cpu, program, flow, connections, soak, everything):
+    bench.add_command(_command)

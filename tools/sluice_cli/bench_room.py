@@ -11,17 +11,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
+import struct
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Literal, Self
 
+from pyroute2.ethtool.ioctl import IoctlEthtool
+
+from sluice_cli.bench_process import START_TIMEOUT, end, read_report, wait_ready
 from sluice_cli.bench_reference import compile_reference
 from sluice_cli.bench_worker import Arguments
 from sluice_cli.generator import Generator, Stream
@@ -33,27 +35,71 @@ from xdp.policy import Policy
 from xdp.program import SteerProgram, load_bytecode
 from xdp.tables import compile_policy
 
+Mode = Literal["native", "generic"]
+
 PORT: Final = 9000
 HEARTBEAT_PORT: Final = 9001
 #: Directions in which the path itself is what sends.
 SENDING: Final = frozenset(("transmit", "fanout", "manager"))
-_START_TIMEOUT: Final = 30.0  # seconds; Python, imports and sockets on a busy machine
+#: Where the generator's packets come from; what is answered to it there is dropped.
+_GENERATOR_PORT: Final = 40000
 #: Added to a run's length for the generator, which starts before and is stopped after.
 _MARGIN: Final = 5.0
 
-# r0 = XDP_DROP; exit.  Sits on the client, so that nothing of the machine's time goes into what
-# becomes of packets that were sent there.
-_DROP: Final = bytes.fromhex("b700000001000000 9500000000000000")
+# Instructions of linux/bpf.h, as (code, registers: source and destination, offset, immediate).
+_EXIT: Final = (0x95, 0, 0, 0)
+_DROP: Final = ((0xB7, 0, 0, 1), _EXIT)  # r0 = XDP_DROP
+#: Drops UDP to _GENERATOR_PORT (IPv4 without options), passes all else.
+_DROP_ANSWERS: Final = (
+    (0x61, 0x12, 0, 0),  # r2 = data
+    (0x61, 0x13, 4, 0),  # r3 = data_end
+    (0xB7, 0x00, 0, 2),  # r0 = XDP_PASS
+    (0xBF, 0x24, 0, 0),  # r4 = r2
+    (0x07, 0x04, 0, 38),  # r4 += Ethernet, IPv4, both ports
+    (0x2D, 0x34, 3, 0),  # if r4 > r3: exit
+    (0x69, 0x25, 36, 0),  # r5 = destination port
+    (0x55, 0x05, 1, int.from_bytes(_GENERATOR_PORT.to_bytes(2, "big"), sys.byteorder)),  # another: exit
+    (0xB7, 0x00, 0, 1),  # r0 = XDP_DROP
+    _EXIT,
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one path is to do.  ``size``: bytes of payload; ``linger``: seconds; ``mode``: of the program."""
+
+    path: str
+    direction: str
+    size: int
+    batch: int
+    seconds: float
+    touch: bool = False
+    linger: float = 0.0
+    mode: Mode = "native"
+    lanes: int = 1
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One run of one path; CPU in ns for each packet."""
+    """One run of one path; CPU in ns for each packet, memory in KiB (0: it does not tell)."""
 
     packets_per_second: float
     process_cpu_ns: float
     machine_cpu_ns: float
     loss: float
+    rss_kib: int = 0
+    umem_kib: int = 0
+
+
+_HEARTBEAT_SERVICE: Final = f"""
+[[service]]
+name = "heartbeat"
+ports = [{HEARTBEAT_PORT}]
+[[service.rule]]
+kind = "heartbeat"
+action = "reply"
+lane = "bench"
+"""
 
 
 def bench_policy(port: int) -> Policy:
@@ -69,13 +115,35 @@ def bench_policy(port: int) -> Policy:
         [[service.rule]]
         action = "lane"
         lane = "bench"
+        {_HEARTBEAT_SERVICE}
+        """,
+        "bench",
+    )
+
+
+def two_lanes_policy(port: int) -> Policy:
+    """What begins as a question of tools/bench/ping.c has the high lane, all else the low one."""
+    return Policy.parse(
+        f"""
+        version = 1
+        [[lane]]
+        name = "bench"
+        [[lane]]
+        name = "flood"
         [[service]]
-        name = "heartbeat"
-        ports = [{HEARTBEAT_PORT}]
+        name = "bench"
+        ports = [{port}]
+        [[service.kind]]
+        name = "question"
+        match = [{{ offset = 0, value = "534c4842" }}]
         [[service.rule]]
-        kind = "heartbeat"
-        action = "reply"
+        kind = "question"
+        action = "lane"
         lane = "bench"
+        [[service.rule]]
+        action = "lane"
+        lane = "flood"
+        {_HEARTBEAT_SERVICE}
         """,
         "bench",
     )
@@ -101,7 +169,8 @@ class Room:
     def __init__(self, receiver_cpu: int, generator_cpu: int) -> None:
         self.receiver_cpu = receiver_cpu
         self.generator_cpu = generator_cpu
-        self.policy = bench_policy(PORT)
+        self._link: Link | None = None
+        self._mode: Mode | None = None
         self._cleanup = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -109,10 +178,9 @@ class Room:
             self._directory = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="sluice-bench-")))
             self.lab = cleanup.enter_context(Lab(static_neighbours=True))
             self.program = cleanup.enter_context(SteerProgram.load())
-            self.program.swap(compile_policy(self.policy))
-            with self.lab.server.enter():
-                link = attach(self.program, self.lab.server.ifindex)
-            cleanup.callback(link.close)
+            self.program.swap(compile_policy(bench_policy(PORT)))
+            cleanup.callback(self._take_off)
+            self.use("native")
             self.generator = cleanup.enter_context(Generator(self.lab.client, cpu=self.generator_cpu))
             self._cleanup = cleanup.pop_all()
         return self
@@ -122,19 +190,59 @@ class Room:
     ) -> None:
         self._cleanup.close()
 
+    def _take_off(self) -> None:
+        if self._link is not None:
+            self._link.close()
+        self._link = self._mode = None
+
+    def use(self, mode: Mode) -> None:
+        """Have the steer program on the server in this mode.  Raises SluiceError."""
+        if mode == self._mode:
+            return
+        self._take_off()
+        server = self.lab.server
+        # What XDP sends arrives at an end without a native program only if that has NAPI: with GRO.  A
+        # native program switches it on by itself, so it is nobody's advantage.
+        with server.enter():
+            with contextlib.closing(IoctlEthtool(server.interface)) as ethtool:
+                ethtool.set_offload_flag("generic-receive-offload", mode == "generic")
+            self._link = attach(self.program, server.ifindex, mode)
+        self._mode = mode
+
     @contextlib.contextmanager
-    def dropping_client(self) -> Iterator[Link]:
-        """The client drops what arrives there, before its network stack."""
+    def dropping_server(self) -> Iterator[None]:
+        """The server drops what arrives there at once, in the driver, instead of steering it."""
+        mode = self._mode or "native"
+        self._take_off()
+        try:
+            link = _attach_instructions(self.lab.server, _DROP)
+            try:
+                yield
+            finally:
+                link.close()
+        finally:
+            self.use(mode)
+
+    @contextlib.contextmanager
+    def two_lanes(self) -> Iterator[None]:
+        """The generator's packets go to a lower lane than questions do."""
+        self.program.swap(compile_policy(two_lanes_policy(PORT)))
+        try:
+            yield
+        finally:
+            self.program.swap(compile_policy(bench_policy(PORT)))
+
+    @contextlib.contextmanager
+    def dropping_client(self, *, answers_only: bool = False) -> Iterator[None]:
+        """The client drops what arrives there, before its network stack: all, or what answers the generator.
+
+        So nothing of the machine's time goes into what becomes of packets that were sent there.
+        """
         self.lab.client.detach()
         try:
-            program = _Drop()
+            link = _attach_instructions(self.lab.client, _DROP_ANSWERS if answers_only else _DROP)
             try:
-                with self.lab.client.enter():
-                    link = attach(program, self.lab.client.ifindex)
-            finally:
-                program.close()
-            try:
-                yield link
+                yield
             finally:
                 link.close()
         finally:
@@ -142,138 +250,135 @@ class Room:
 
     def frame(self, size: int, port: int = PORT) -> bytes:
         """A UDP frame from client to server with ``size`` bytes of payload."""
-        return udp_frame(self.lab.client, self.lab.server, port, bytes(size))
+        payload = bytes(size)
+        return udp_frame(self.lab.client, self.lab.server, port, payload, source_port=_GENERATOR_PORT)
 
-    def measure(
-        self,
-        path: str,
-        direction: str,
-        *,
-        size: int,
-        batch: int,
-        seconds: float,
-        touch: bool = False,
-        linger: float = 0.0,
-    ) -> Sample:
+    @contextlib.contextmanager
+    def traffic(self, size: int, seconds: float, rate: float | None = None) -> Iterator[None]:
+        """The generator runs, flat out or at a rate (packets/s), until the end of the block.
+
+        The path under test copies frames, or is given copies, so it writes nothing into these.
+        """
+        stream = Stream([Template(self.frame(size))], rate=rate)
+        self.generator.start([stream], seconds + _MARGIN, pristine=True)
+        try:
+            yield
+        finally:
+            self.generator.stop()
+            self.generator.wait()
+
+    def measure(self, task: Task) -> Sample:
         """Run one path once.  The generator runs flat out, unless the path itself is what sends."""
+        self.use(task.mode)
         with contextlib.ExitStack() as cleanup:
-            if direction != "receive":
+            if task.direction != "receive":
                 cleanup.enter_context(self.dropping_client())
-            process = self._start(
-                path, direction, size=size, batch=batch, seconds=seconds, touch=touch, linger=linger
-            )
-            cleanup.callback(end, process)
-            wait_ready(process, path)
-            if direction not in SENDING:
-                stream = Stream([Template(self.frame(size))])
-                self.generator.start([stream], seconds + _MARGIN, pristine=True)
-                cleanup.callback(self._stop_generator)
+            process = cleanup.enter_context(self.running(task))
+            if task.direction not in SENDING:
+                cleanup.enter_context(self.traffic(task.size, task.seconds))
             busy = _busy_ticks()
-            report = _read_report(process, path)
+            report = read_report(process, task.path, task.seconds + START_TIMEOUT)
             busy = _busy_ticks() - busy
             return _sample(report, busy)
 
-    def _stop_generator(self) -> None:
-        self.generator.stop()
-        self.generator.wait()
-
-    def _start(
-        self,
-        path: str,
-        direction: str,
-        *,
-        size: int,
-        batch: int,
-        seconds: float,
-        touch: bool = False,
-        linger: float = 0.0,
-    ) -> subprocess.Popen[str]:
-        host = self.lab.server
-        xsks = self.program.maps["xsks"].info.id
-        command: list[str]
-        if path.endswith("-c"):
-            family = "xsk" if path.startswith("xsk") else "mmsg"
-            program = "transmit" if direction in SENDING else direction
-            command = [str(compile_reference(f"{family}_{program}", self._directory))]
-            command += [
-                "--batch",
-                str(batch),
-                "--seconds",
-                str(seconds),
-                "--size",
-                str(size),
-                "--port",
-                str(PORT),
-            ]
-            if family == "xsk":
-                command += ["--interface", host.interface]
-                if direction not in SENDING:
-                    command += ["--map-id", str(xsks), "--map-index", "0"]
-            elif direction == "fanout":
-                command += ["--ports", str(batch)]
-            if direction in SENDING:
-                frame = self._directory / f"frame-{size}"
-                frame.write_bytes(udp_frame(host, self.lab.client, PORT, bytes(size)))
-                command += ["--frame", str(frame), "--address", str(self.lab.client.ipv4)]
-            command += ["--touch"] if touch else []
-            command += ["--offload"] if "offload" in path else []
-        else:
-            arguments = Arguments(
-                path=path,
-                direction=direction,
-                interface=host.interface,
-                map_id=0 if direction in SENDING else xsks,
-                cookie=self.program.cookie,
-                batch=batch,
-                size=size,
-                port=PORT,
-                seconds=seconds,
-                touch=touch,
-                linger=linger,
-                address=str(self.lab.client.ipv4),
-            )
-            command = [sys.executable, "-m", "sluice_cli.bench_worker", json.dumps(asdict(arguments))]
-        pinned = ["taskset", "-c", str(self.receiver_cpu), *command]
-        return host.popen(pinned, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    def round_trips(self, port: int, *, size: int, seconds: float, interval_us: int) -> dict[str, Any]:
-        """Ping from the client; what tools/bench/ping.c reports."""
-        ping = compile_reference("ping", self._directory)
-        command = [
-            str(ping),
-            "--address",
-            str(self.lab.server.ipv4),
-            "--port",
-            str(port),
-            "--size",
-            str(size),
-        ]
-        command += ["--seconds", str(seconds), "--interval", str(interval_us)]
-        pinned = ["taskset", "-c", str(self.generator_cpu), *command]
-        process = self.lab.client.popen(pinned, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    @contextlib.contextmanager
+    def running(self, task: Task) -> Iterator[subprocess.Popen[str]]:
+        """The path under test as a process that is ready; it is ended with the block."""
+        process = self._start(task)
         try:
-            wait_ready(process, "ping")
-            return _read_report(process, "ping")
+            wait_ready(process, task.path)
+            yield process
         finally:
             end(process)
+
+    def _start(self, task: Task) -> subprocess.Popen[str]:
+        command = self._reference(task) if task.path.endswith("-c") else self._worker(task)
+        pinned = ["taskset", "-c", str(self.receiver_cpu), *command]
+        return self.lab.server.popen(pinned, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def _reference(self, task: Task) -> list[str]:
+        """A C program of tools/bench."""
+        host, sends = self.lab.server, task.direction in SENDING
+        family = "xsk" if task.path.startswith("xsk") else "mmsg"
+        program = compile_reference(f"{family}_{'transmit' if sends else task.direction}", self._directory)
+        command = [str(program), "--batch", str(task.batch), "--seconds", str(task.seconds)]
+        command += ["--size", str(task.size), "--port", str(PORT)]
+        if family == "xsk":
+            command += ["--interface", host.interface]
+            if not sends:
+                command += ["--map-id", str(self.program.maps["xsks"].info.id), "--map-index", "0"]
+        elif task.direction == "fanout":
+            command += ["--ports", str(task.batch)]
+        if sends:
+            frame = self._directory / f"frame-{task.size}"
+            frame.write_bytes(udp_frame(host, self.lab.client, PORT, bytes(task.size)))
+            command += ["--frame", str(frame), "--address", str(self.lab.client.ipv4)]
+        command += ["--touch"] if task.touch else []
+        command += ["--interval", str(round(task.linger * 1e6))] if task.linger else []
+        command += ["--offload"] if "offload" in task.path else []
+        return command
+
+    def _worker(self, task: Task) -> list[str]:
+        """A path in Python."""
+        arguments = Arguments(
+            path=task.path,
+            direction=task.direction,
+            interface=self.lab.server.interface,
+            map_id=0 if task.direction in SENDING else self.program.maps["xsks"].info.id,
+            cookie=self.program.cookie,
+            batch=task.batch,
+            size=task.size,
+            port=PORT,
+            seconds=task.seconds,
+            touch=task.touch,
+            linger=task.linger,
+            address=str(self.lab.client.ipv4),
+            mode=f"{task.mode}-copy",
+            lanes=task.lanes,
+        )
+        return [sys.executable, "-m", "sluice_cli.bench_worker", json.dumps(asdict(arguments))]
+
+    def round_trips(
+        self, port: int, *, size: int, seconds: float, interval_us: int, beside_traffic: bool = False
+    ) -> dict[str, Any]:
+        """Ping from the client; what tools/bench/ping.c reports.
+
+        Beside traffic it asks on time whether or not it was answered, and comes first on the generator's
+        CPU: what is measured is the way and the server, not who waits for that CPU.
+        """
+        words = ["--address", str(self.lab.server.ipv4), "--port", str(port), "--size", str(size)]
+        words += ["--seconds", str(seconds), "--interval", str(interval_us)]
+        words += ["--open"] if beside_traffic else []
+        with self.client_process("ping", words, first=beside_traffic) as process:
+            return read_report(process, "ping", seconds + START_TIMEOUT)
 
     @contextlib.contextmanager
-    def echoing(self, path: str, *, size: int, seconds: float) -> Iterator[None]:
-        """An echo server of this kind on the bench's port."""
-        process = self._start(path, "echo", size=size, batch=64, seconds=seconds)
+    def client_process(
+        self, name: str, words: Sequence[str], *, first: bool = False
+    ) -> Iterator[subprocess.Popen[str]]:
+        """A C program of tools/bench on the client, on the generator's CPU; ``first``: in real time."""
+        command = ["taskset", "-c", str(self.generator_cpu)]
+        command += ["chrt", "--fifo", "1"] if first else []
+        command += [str(compile_reference(name, self._directory)), *words]
+        process = self.lab.client.popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         try:
-            wait_ready(process, path)
-            yield
+            wait_ready(process, name)
+            yield process
         finally:
             end(process)
 
 
-class _Drop:
-    def __init__(self) -> None:
-        self.fd = load_bytecode("sluice_drop", _DROP)
+class _Loaded:
+    def __init__(self, instructions: Sequence[tuple[int, int, int, int]]) -> None:
+        self.fd = load_bytecode("sluice_bench", b"".join(struct.pack("=BBhi", *one) for one in instructions))
 
     def close(self) -> None:
         os.close(self.fd)
+
+
+def _attach_instructions(host: Any, instructions: Sequence[tuple[int, int, int, int]]) -> Link:
+    with contextlib.closing(_Loaded(instructions)) as program, host.enter():
+        return attach(program, host.ifindex)
 
 
 def _sample(report: dict[str, Any], busy: float) -> Sample:
@@ -285,50 +390,6 @@ def _sample(report: dict[str, Any], busy: float) -> Sample:
         process_cpu_ns=report["process_cpu_ns"] / packets,
         machine_cpu_ns=busy * 1e9 / packets,
         loss=report["lost"] / (packets + report["lost"]),
+        rss_kib=report["rss_kib"],
+        umem_kib=report["umem_kib"],
     )
-
-
-def wait_ready(process: subprocess.Popen[str], path: str) -> None:
-    """Until the path under test could receive.  Raises SluiceError."""
-    if _line(process, _START_TIMEOUT) != "ready":
-        raise failed(process, path)
-
-
-def _read_report(process: subprocess.Popen[str], path: str) -> dict[str, Any]:
-    line = _line(process, _START_TIMEOUT * 2)
-    try:
-        report: dict[str, Any] = json.loads(line)
-    except ValueError:
-        raise failed(process, path) from None
-    return report
-
-
-def _line(process: subprocess.Popen[str], timeout: float) -> str:
-    assert process.stdout is not None
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        if select.select([process.stdout], [], [], 0.1)[0]:
-            return process.stdout.readline().strip()
-    return ""
-
-
-def failed(process: subprocess.Popen[str], path: str) -> SluiceError:
-    """What to raise for a process that did not do what it should; it is ended."""
-    process.kill()
-    _, said = process.communicate()
-    lines: Sequence[str] = said.strip().splitlines()
-    return SluiceError(f"the path {path} failed: {lines[-1] if lines else 'it said nothing'}", detail=said)
-
-
-def end(process: subprocess.Popen[str]) -> None:
-    """Ask it to end, and see to it that it does."""
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    for stream in (process.stdout, process.stderr):
-        if stream is not None:
-            stream.close()

@@ -19,7 +19,9 @@ from typing import Any, Final
 import click
 
 from sluice_cli.bench_machine import cpus, machine
-from sluice_cli.bench_room import PORT, Room, end, failed, wait_ready
+from sluice_cli.bench_measure import Progress
+from sluice_cli.bench_process import end, failed, wait_ready
+from sluice_cli.bench_room import PORT, Room
 from sluice_cli.bench_soak_worker import INTERVAL, PATHS
 from sluice_cli.bench_worker import Arguments
 from sluice_cli.generator import GeneratorResult, Stream
@@ -36,6 +38,7 @@ _SHORTEST: Final = 45.0
 #: busy machines, for the receiver has to be measured, not the sender.
 _BACKLOG: Final = 1.0
 _BATCH: Final = 256
+RATE: Final = 50_000  # packets per second: what a busy validator's shreds come at, and more
 
 
 @click.command(
@@ -48,7 +51,7 @@ _BATCH: Final = 256
 @click.option(
     "--minutes", type=click.FloatRange(0.01, 60), default=10.0, show_default=True, help="Of each path."
 )
-@click.option("--rate", type=click.IntRange(100, 5_000_000), default=50_000, show_default=True,
+@click.option("--rate", type=click.IntRange(100, 5_000_000), default=RATE, show_default=True,
               help="Packets per second.")  # fmt: skip
 @click.option(
     "--size", type=click.IntRange(16, 1472), default=_SIZE, show_default=True, help="Bytes of payload."
@@ -61,17 +64,42 @@ def soak(output: Output, minutes: float, rate: int, size: int, paths: Sequence[s
     Exit status 0 only if no path lost anything and all counters add up.
     """
     with Room(*cpus(same_core=False)) as room:
-        rows = [
-            _soak(output, room, path, rate=rate, size=size, seconds=minutes * 60) for path in paths or PATHS
-        ]
+        rows = soaks(
+            room, paths or tuple(PATHS), rate=rate, size=size, seconds=minutes * 60,
+            progress=Progress(output.progress),
+        )  # fmt: skip
     ok = all(row["ok"] for row in rows)
     document = {"machine": machine(same_core=False), "results": rows, "ok": ok}
-    output.report(document, lambda: output.table(_table(rows)))
+    output.report(document, lambda: output.table(soak_table(rows)))
     if not ok:
         raise click.exceptions.Exit(1)
 
 
-def _soak(output: Output, room: Room, path: str, *, rate: int, size: int, seconds: float) -> dict[str, Any]:
+def soaks(
+    room: Room,
+    paths: Sequence[str] = tuple(PATHS),
+    *,
+    rate: int = RATE,
+    size: int = _SIZE,
+    seconds: float,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """A row for each path, one after the other."""
+    room.use("native")
+    rows = []
+    for path in paths:
+        named = {"path": path, "direction": "soak", "size": size, "rate": rate}
+
+        def once(path: str = path) -> dict[str, Any]:
+            return _soak(progress, room, path, rate=rate, size=size, seconds=seconds)
+
+        rows.append(progress.attempt(named, once))
+    return rows
+
+
+def _soak(
+    progress: Progress, room: Room, path: str, *, rate: int, size: int, seconds: float
+) -> dict[str, Any]:
     arguments = Arguments(
         path=path,
         direction="soak",
@@ -99,7 +127,7 @@ def _soak(output: Output, room: Room, path: str, *, rate: int, size: int, second
             _read(process, samples, path)
             if samples:
                 so_far = samples[-1]
-                output.progress(
+                progress.say(
                     f"soak {path}: {so_far['seconds']:.0f} of {seconds:.0f} s, {so_far['packets']:,} packets"
                 )
         sent = room.generator.wait()
@@ -182,17 +210,20 @@ def _per_hour(value: float | None) -> str:
     return "-" if value is None else f"{value:,.0f}"
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> Table:
+def soak_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """For people."""
     columns = ["path", "packets/s", "seconds", "sent", "lost", "CPU ns", "gap ms", "oldest ms", "KiB",
-               "KiB/hour", "descriptors", "adds up"]  # fmt: skip
+               "KiB/hour", "descriptors", "per hour", "adds up"]  # fmt: skip
     shown = [
-        [
+        [row["path"], "failed", *["-"] * 11]
+        if "error" in row
+        else [
             row["path"], f"{row['packets_per_second']:,}", f"{row['seconds']:.0f}", f"{row['sent']:,}",
             f"{row['lost']:,}" + (f" ({', '.join(row['dropped'])})" if row["dropped"] else ""),
             f"{row['process_cpu_ns']:,.1f}", f"{row['gap_ms']:.1f}", f"{row['oldest_ms']:.1f}",
             f"{row['rss_kib']:,}", _per_hour(row["rss_kib_per_hour"]), str(row["descriptors"]),
-            "yes" if row["balanced"] else "no",
+            _per_hour(row["descriptors_per_hour"]), "yes" if row["balanced"] else "no",
         ]
         for row in rows
     ]  # fmt: skip
-    return Table(columns, shown, right=frozenset(range(1, 11)), title="soak")
+    return Table(columns, shown, right=frozenset(range(1, 12)), title="soak")

@@ -16,7 +16,11 @@ import time
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, cast
+
+if TYPE_CHECKING:
+    from userspace.datagram.descriptors import Mode
 
 #: Give up when nothing arrives for that long, as the C references do.
 PATIENCE: Final = 10.0
@@ -27,6 +31,8 @@ _SO_RCVBUFFORCE: Final = 33  # asm-generic/socket.h
 _TURN: Final = 16
 #: Packets between two looks at it, of those who send them one by one.
 _ONES: Final = 1024
+#: Microseconds that paths with "poll" look before they sleep: longer than questions are apart.
+BUSY_POLL: Final = 1000
 
 
 @dataclass
@@ -45,6 +51,8 @@ class Arguments:
     touch: bool = False
     linger: float = 0.0
     address: str = ""
+    mode: str = "native-copy"
+    lanes: int = 1
 
 
 class Meter:
@@ -54,18 +62,30 @@ class Meter:
         self.packets = 0
         self.bytes = 0
         self.lost = 0
+        self.umem = 0  # bytes
         self.sink = 0
         self._seconds = seconds
         self._waiting = time.monotonic()
         self._began = 0.0
+        self._ended = 0.0
         self._cpu = 0
+        self._cpu_ended = 0
 
     def running(self) -> bool:
-        """False when the time is over, or nothing ever came."""
+        """False when the time is over, or nothing ever came.
+
+        The clocks stop then, as the C references' do: closing sockets waits for the kernel, and is not
+        a part of what is measured.
+        """
         now = time.monotonic()
         if not self._began:
             return now - self._waiting < PATIENCE
-        return now - self._began < self._seconds
+        if now - self._began < self._seconds:
+            return True
+        if not self._ended:
+            self._ended = now
+            self._cpu_ended = time.process_time_ns()
+        return False
 
     def count(self, packets: int, size: int = 0) -> None:
         """The first call only starts the clocks: what it counted had waited."""
@@ -79,17 +99,33 @@ class Meter:
 
     def report(self) -> str:
         """The line of JSON."""
-        seconds = time.monotonic() - self._began if self._began else 0.0
+        if not self._ended:
+            self._ended = time.monotonic()
+            self._cpu_ended = time.process_time_ns()
+        seconds = self._ended - self._began if self._began else 0.0
         return json.dumps(
             {
                 "packets": self.packets,
                 "bytes": self.bytes,
                 "lost": self.lost,
                 "seconds": seconds,
-                "process_cpu_ns": time.process_time_ns() - self._cpu,
+                "process_cpu_ns": self._cpu_ended - self._cpu,
+                "rss_kib": peak_rss_kib(),
+                "umem_kib": self.umem // 1024,
                 "sink": self.sink & 0xFFFF,
             }
         )
+
+
+def peak_rss_kib() -> int:
+    """The most memory that this process has used (proc_pid_status(5)).
+
+    Not getrusage's ru_maxrss, which exec does not reset: it may be what the parent had when it forked.
+    """
+    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1])
+    return 0
 
 
 def ready() -> None:
@@ -99,16 +135,26 @@ def ready() -> None:
 
 def open_lanes(arguments: Arguments) -> Any:
     """AF_XDP lanes on the interface under test."""
+    from userspace.datagram.busy_poll import set_on_queues
     from userspace.datagram.descriptors import LaneSpec
     from userspace.datagram.xsk import open_queues, register
     from userspace.datagram.xsk_lanes import XskLanes
+    from xdp.errors import UnsupportedError
     from xdp.maps import BpfMap
+    from xdp.policy_model import Tuning
 
     # Ring and frames as in tools/bench/xsk.h, so that the two differ in nothing else.
-    specs = [LaneSpec(number=0, name="bench", ring=4096, quota=3072)]
+    names = ("bench", "flood")[: arguments.lanes]
+    specs = [LaneSpec(number=i, name=name, ring=4096, quota=3072) for i, name in enumerate(names)]
     descriptors = open_queues(
-        arguments.interface, specs, mode="native-copy", cookie=arguments.cookie, transmit_ring=4096
+        arguments.interface,
+        specs,
+        mode=cast("Mode", arguments.mode),
+        cookie=arguments.cookie,
+        transmit_ring=4096,
     )
+    if arguments.path.endswith("-poll") and (why := set_on_queues(descriptors, Tuning(busy_poll=BUSY_POLL))):
+        raise UnsupportedError(why)
     if arguments.map_id:
         register(descriptors, BpfMap.by_id(arguments.map_id))
     return XskLanes(descriptors)
@@ -119,7 +165,7 @@ def sluice_receive(arguments: Arguments, meter: Meter) -> None:
     with open_lanes(arguments) as lanes:
         ready()
         _receive(lanes, arguments, meter)
-        meter.lost = _lost(lanes)
+        _look(lanes, meter)
 
 
 def _receive(lanes: Any, arguments: Arguments, meter: Meter) -> None:
@@ -144,13 +190,13 @@ def sluice_echo(arguments: Arguments, meter: Meter) -> None:
         while meter.running():
             packets = 0
             for _ in range(_TURN):
-                batch = lanes.receive(arguments.batch, timeout=0.1)
+                batch = lanes.receive(arguments.batch, timeout=0.1, linger=arguments.linger)
                 if not batch:
                     batch.release()
                     break
                 packets += lanes.send_back(batch, checksum=False)
             meter.count(packets)
-        meter.lost = _lost(lanes)
+        _look(lanes, meter)
 
 
 def sluice_transmit(arguments: Arguments, meter: Meter) -> None:
@@ -165,6 +211,25 @@ def sluice_transmit(arguments: Arguments, meter: Meter) -> None:
         ready()
         while meter.running():
             meter.count(lanes.send_columns(destination, payloads, offsets, lengths))
+        _look(lanes, meter)
+
+
+def sluice_zero(arguments: Arguments, meter: Meter) -> None:
+    """The same from frames in which the payloads lie: 8 bytes of each are written, none is copied."""
+    from userspace.datagram.destination import resolve_destination
+    from userspace.datagram.zero_copy import ZeroCopyUDP
+
+    destination = resolve_destination(arguments.interface, arguments.address, arguments.port, arguments.port)
+    stamps = array("Q", range(arguments.batch))
+    with open_lanes(arguments) as lanes:
+        zero = ZeroCopyUDP(lanes)
+        ready()
+        while meter.running():
+            with zero.allocate(arguments.batch, arguments.size) as buffers:
+                if len(buffers) == arguments.batch:  # else all are on their way
+                    buffers.scatter(0, stamps)
+                    meter.count(zero.send(destination, buffers))
+        _look(lanes, meter)
 
 
 def fanout_to(arguments: Arguments) -> Any:
@@ -195,6 +260,7 @@ def mmsg_transmit(arguments: Arguments, meter: Meter) -> None:
         ready()
         while meter.running():
             meter.count(sum(lanes.send(to, payloads) for _ in range(_TURN)))
+        _look(lanes, meter)
 
 
 def mmsg_echo(arguments: Arguments, meter: Meter) -> None:
@@ -203,6 +269,7 @@ def mmsg_echo(arguments: Arguments, meter: Meter) -> None:
         ready()
         while meter.running():
             meter.count(lanes.send_back(lanes.receive(arguments.batch, timeout=0.1)))
+        _look(lanes, meter)
 
 
 def one_by_one(arguments: Arguments, meter: Meter) -> None:
@@ -213,6 +280,7 @@ def one_by_one(arguments: Arguments, meter: Meter) -> None:
         ready()
         while meter.running():
             meter.count(sum(lanes.send(to, [payload], port=port) for _ in range(_ONES)))
+        _look(lanes, meter)
 
 
 def through_manager(arguments: Arguments, meter: Meter) -> None:
@@ -231,6 +299,7 @@ def through_manager(arguments: Arguments, meter: Meter) -> None:
             before, sent = sent, manager.statistics().sent
             meter.count(sent - before)
         manager.close()
+        _look(lanes, meter)
 
 
 def _opened(arguments: Arguments) -> Any:
@@ -252,11 +321,18 @@ def _send_many(lanes: Any, fanout: Any, payload: bytes, port: int, meter: Meter)
         for _ in range(_TURN):
             packets += lanes.send_many(fanout, payload, port=port)
         meter.count(packets)
+    _look(lanes, meter)
 
 
-def _lost(lanes: Any) -> int:
-    lanes_of_queues = [lane for queue in lanes.statistics().queues for lane in queue.lanes]
-    return sum(lane.ring_full + lane.dropped for lane in lanes_of_queues)
+def _look(lanes: Any, meter: Meter) -> None:
+    """What lanes have lost, and the memory of their frames."""
+    meter.umem = lanes.status().get("memory_bytes", 0)
+    statistics = lanes.statistics()
+    if hasattr(statistics, "overflowed"):  # kernel sockets
+        meter.lost = statistics.overflowed + sum(statistics.dropped.values())
+        return
+    found = [lane for queue in statistics.queues for lane in queue.lanes]
+    meter.lost = sum(lane.ring_full + lane.dropped for lane in found)
 
 
 def udp_socket(port: int) -> socket.socket:
@@ -265,6 +341,13 @@ def udp_socket(port: int) -> socket.socket:
     sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _SOCKET_BUFFER)
     sock.bind(("", port))
     return sock
+
+
+def _drops(sock: socket.socket, port: int) -> int:
+    """Datagrams that found the buffer full."""
+    from userspace.datagram.sockets import ServiceSocket, socket_drops
+
+    return socket_drops([ServiceSocket(port, sock)])
 
 
 def socket_receive(arguments: Arguments, meter: Meter) -> None:
@@ -284,6 +367,7 @@ def socket_receive(arguments: Arguments, meter: Meter) -> None:
             except BlockingIOError:
                 received -= 1
             meter.count(received)
+        meter.lost = _drops(sock, arguments.port)
 
 
 def socket_echo(arguments: Arguments, meter: Meter) -> None:
@@ -298,6 +382,7 @@ def socket_echo(arguments: Arguments, meter: Meter) -> None:
                 continue
             sock.sendto(data, source)
             meter.count(1)
+        meter.lost = _drops(sock, arguments.port)
 
 
 class _Receiver(asyncio.DatagramProtocol):
@@ -332,6 +417,7 @@ async def _asyncio_run(arguments: Arguments, meter: Meter) -> None:
 
     check()
     await over.wait()
+    meter.lost = _drops(sock, arguments.port)
     transport.close()
 
 
@@ -352,6 +438,7 @@ def mmsg_receive(arguments: Arguments, meter: Meter) -> None:
     with _open_mmsg(arguments) as lanes:
         ready()
         _receive(lanes, arguments, meter)
+        _look(lanes, meter)
 
 
 def _open_mmsg(arguments: Arguments) -> Any:
@@ -364,7 +451,9 @@ def _open_mmsg(arguments: Arguments) -> Any:
 RUNNERS: Final[dict[tuple[str, str], Callable[[Arguments, Meter], None]]] = {
     ("sluice", "receive"): sluice_receive,
     ("sluice", "echo"): sluice_echo,
+    ("sluice-poll", "echo"): sluice_echo,
     ("sluice", "transmit"): sluice_transmit,
+    ("sluice-zero", "transmit"): sluice_zero,
     ("sluice", "fanout"): sluice_fanout,
     ("sluice-mmsg", "receive"): mmsg_receive,
     ("sluice-mmsg", "fanout"): mmsg_fanout,

@@ -12,6 +12,7 @@ from sluice_cli.output import Output, Table, common_options, examples
 from xdp.errors import PolicyError, SluiceError
 from xdp.policy import Policy
 from xdp.policy_model import Class, Lane
+from xdp.policy_tuning import remarks
 from xdp.tables import compile_policy
 
 
@@ -38,6 +39,8 @@ def check(output: Output, files: tuple[str, ...]) -> int:
             if document["ok"]:
                 output.line(f"{document['file']}: ok", "green")
                 output.tables(_tables(document, output.verbose))
+                for text in document["remarks"]:
+                    output.note(f"tuning.{text}")
             else:
                 output.error_line(f"sluice: error: {document['error']}", "red")
                 if document["hint"]:
@@ -73,6 +76,7 @@ def examine(name: str) -> dict[str, Any]:
         "fragments": policy.fragments,
         "mode": policy.mode,
         "minimum_mode": policy.minimum_mode,
+        "remarks": remarks(policy.tuning),
     }
 
 

@@ -330,7 +330,6 @@ def _pause(generator: Generator) -> None:
 def _peers(lab: Lab, policy: Policy) -> list[dict[str, Any]]:
     names = Names.from_policy(policy)
     with lab.server.enter():
-        found, _ = busiest(
-            inventory.find(lab.server.interface), names, Filter(5, "packets", None, None, everything=False)
-        )
-    return [peer_document(peer, names) for peer in found]
+        wanted = Filter(5, "packets", None, None, everything=False, held=False)
+        found, _ = busiest(inventory.find(lab.server.interface), names, wanted, {})
+    return [peer_document(peer, names, {}) for peer in found]

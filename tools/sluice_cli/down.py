@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import socket
 import time
 from typing import Any
 
@@ -22,6 +23,7 @@ from sluice_cli.output import Output, common_options, examples
 from xdp import inventory
 from xdp._libbpf import lib
 from xdp.errors import BusyError, SluiceError, UsageError
+from xdp.journal import journal_path, journals
 
 POLL_SECONDS = 0.02
 XDP_FLAGS_REPLACE = 16  # linux/if_link.h: only if the expected program is the one
@@ -54,9 +56,16 @@ def down(output: Output, interface: str | None, timeout: float, force: bool) -> 
     """
     one = _target(interface)
     if one is None:
-        document: dict[str, Any] = {"interface": interface, "removed": False}
+        said = reclaim(interface)
+        document: dict[str, Any] = {"interface": interface, "removed": False, "settings": said}
         where = f" on {interface}" if interface else ""
-        output.report(document, lambda: output.line(f"nothing is loaded{where}"))
+
+        def text() -> None:
+            output.line(f"nothing is loaded{where}")
+            for line in said:
+                output.line(line)
+
+        output.report(document, text)
         return
     document = remove(one, timeout, force)
     output.report(document, lambda: output.line(_sentence(document)))
@@ -75,6 +84,31 @@ def _target(interface: str | None) -> inventory.Loaded | None:
             hint="it is not ours to remove; its owner has to (bpftool prog show, bpftool link show)",
         )
     return ours[0] if ours else None
+
+
+def reclaim(interface: str | None) -> list[str]:
+    """Put back what killed owners changed of this interface, or of all here; a line for each setting."""
+    from userspace.datagram.claim import Claim
+
+    said: list[str] = []
+    for ifindex in journals():
+        try:
+            name = socket.if_indextoname(ifindex)
+        except OSError:
+            # The interface is gone, and its settings with it.
+            journal_path(ifindex).unlink(missing_ok=True)
+            continue
+        if interface not in {None, name}:
+            continue
+
+        def say(text: str, name: str = name) -> None:
+            said.append(f"{name}: {text}")
+
+        try:
+            Claim(name, ifindex, say).leave()
+        except BusyError as error:  # an owner lives that has no program on it (its interface came back, say)
+            say(str(error))
+    return said
 
 
 def remove(one: inventory.Loaded, timeout: float, force: bool) -> dict[str, Any]:

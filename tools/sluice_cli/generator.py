@@ -151,9 +151,9 @@ class Generator:
             raise UsageError(f"no CPU {cpu} for this process", hint=f"allowed: {sorted(allowed)}")
         self.host = host
         self.cpu = max(allowed) if cpu is None else cpu
-        self._compiled = compile_program("generate.bpf.c", "sluice_generate")
-        self._maps = self._compiled.maps
-        self._program = _load(self._compiled.instructions)
+        compiled = compile_program("generate.bpf.c", "sluice_generate")
+        self._maps = compiled.make_maps()
+        self._program = _load(compiled.on(self._maps))
         self._thread: threading.Thread | None = None
         self._streams: tuple[Stream, ...] = ()
         self._control: Any = None
@@ -179,7 +179,8 @@ class Generator:
         if self._program >= 0:
             os.close(self._program)
             self._program = -1
-            self._compiled.module.cleanup()
+            for opened in self._maps.values():
+                opened.close()
 
     def run(
         self,
@@ -365,14 +366,16 @@ class Generator:
     def _write(self, name: str, index: int, value: Any) -> None:
         raw = _header().ffi.buffer(value)
         key = kernel.new("uint32_t *", index)
-        error = -lib.sluice_map_update(self._maps[name], key, kernel.from_buffer("char[]", raw), lib.BPF_ANY)
+        error = -lib.sluice_map_update(
+            self._maps[name].fd, key, kernel.from_buffer("char[]", raw), lib.BPF_ANY
+        )
         if error:
             raise SluiceError.from_errno(f"cannot write the generator's map {name!r}", error)
 
     def _read(self, name: str, index: int) -> Any:
         value = _header().ffi.new(_VALUES[name])
         raw = kernel.from_buffer("char[]", _header().ffi.buffer(value))
-        error = -lib.sluice_map_lookup(self._maps[name], kernel.new("uint32_t *", index), raw)
+        error = -lib.sluice_map_lookup(self._maps[name].fd, kernel.new("uint32_t *", index), raw)
         if error:
             raise SluiceError.from_errno(f"cannot read the generator's map {name!r}", error)
         return value

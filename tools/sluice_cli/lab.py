@@ -31,6 +31,8 @@ from typing import Any, Final, Self
 from pyroute2 import IPRoute, NetlinkError, netns
 from pyroute2.ethtool.ioctl import EthtoolError, IoctlEthtool
 
+from sluice_cli import lab_nics
+from sluice_cli.lab_pass import load_pass
 from sluice_cli.lab_state import (
     Marker,
     check_name,
@@ -41,7 +43,7 @@ from sluice_cli.lab_state import (
     remove_marker,
     write_marker,
 )
-from xdp._libbpf import ffi, lib
+from xdp._libbpf import lib
 from xdp.errors import (
     BusyError,
     InterfaceGoneError,
@@ -61,10 +63,13 @@ CLIENT_V4: Final = IPv4Interface("10.81.0.2/16")
 SERVER_V6: Final = IPv6Interface("fd81::1/64")
 CLIENT_V6: Final = IPv6Interface("fd81::2/64")
 
+#: drivers/net/veth.c: up to here packet, headroom and skb_shared_info share a page.
+ONE_PAGE_MTU: Final = 3498
+
 NETNS_DIRECTORY: Final = Path("/run/netns")
 _IFA_F_NODAD: Final = 0x02  # linux/if_addr.h: usable at once, no duplicate address detection
 _IFA_F_UNUSABLE: Final = 0x40 | 0x08  # IFA_F_TENTATIVE, IFA_F_DADFAILED
-_SETTLE_SECONDS: Final = 5.0  # carrier and link-local take some ms
+_SETTLE_SECONDS: Final = 15.0  # a veth takes some ms, a card that negotiates its speed some seconds
 _STOP_SECONDS: Final = 2.0  # for a process that we started, between SIGTERM and SIGKILL
 
 # The link is silent unless somebody uses it: no duplicate address detection, no router solicitations.
@@ -79,10 +84,19 @@ class Host:
     """One end of the lab's cable.
 
     ``namespace`` is its name in /run/netns; ``interface``, ``ifindex``, ``mac`` are those of its only
-    link; ``ipv4``, ``ipv6``, ``link_local`` the addresses on it.
+    link; ``ipv4``, ``ipv6``, ``link_local`` the addresses on it.  ``frags``: its MTU takes programs that
+    are made for packets in several pages.
     """
 
-    def __init__(self, namespace: str, interface: str, ipv4: IPv4Interface, ipv6: IPv6Interface) -> None:
+    def __init__(
+        self,
+        namespace: str,
+        interface: str,
+        ipv4: IPv4Interface,
+        ipv6: IPv6Interface,
+        *,
+        frags: bool = False,
+    ) -> None:
         self.namespace = namespace
         self.interface = interface
         self.ipv4: IPv4Address = ipv4.ip
@@ -91,6 +105,7 @@ class Host:
         self.ifindex = 0
         self.mac = ""
         self.link_local = IPv6Address("::")
+        self._frags = frags
         self._children: list[subprocess.Popen[Any]] = []
 
     @property
@@ -156,13 +171,14 @@ class Host:
         Raises:
             BusyError: the interface has a program.
         """
-        self._set_program(_load_pass())
+        self.attach(load_pass(frags=self._frags))
 
     def detach(self) -> None:
-        """Remove what `attach_pass` attached."""
-        self._set_program(-1)
+        """Remove what `attach_pass` or `attach` attached."""
+        self.attach(-1)
 
-    def _set_program(self, descriptor: int) -> None:
+    def attach(self, descriptor: int) -> None:
+        """Attach a program natively, and close its descriptor; -1 removes it. Raises BusyError."""
         try:
             with _route(self.namespace) as route:
                 attributes: list[tuple[str, int]] = [("IFLA_XDP_FD", descriptor)]
@@ -177,6 +193,23 @@ class Host:
         finally:
             if descriptor >= 0:
                 os.close(descriptor)
+
+    def settle(self) -> None:
+        """Wait until the link is usable: some cards lose carrier when a program is attached.
+
+        Raises:
+            UnsupportedError: not after 15 s.
+        """
+        deadline = time.monotonic() + _SETTLE_SECONDS
+        with _route(self.namespace) as route:
+            while not self._read_link(route):
+                if time.monotonic() > deadline:
+                    raise UnsupportedError(
+                        f"{self.interface} in {self.namespace} has no carrier or IPv6 address"
+                        f" after {_SETTLE_SECONDS:.0f} s",
+                        hint="look at it with: sluice lab shell; is IPv6 switched off (ipv6.disable=1)?",
+                    )
+                time.sleep(0.001)
 
     def _stop_children(self) -> None:
         for child in self._children:
@@ -214,7 +247,8 @@ class Lab:
             that the *sending CPU* selects: CPU modulo queues.
         persistent: the lab stays when the block or the process ends, until ``sluice lab down``.
         static_neighbours: write each host's addresses into the other's neighbour table.
-        mtu: of both ends, 1280 to 3498 (native XDP on veth wants a frame in one page).
+        mtu: of both ends, 1280 to 65535; above 3498 a packet is in several pages, which a native
+            program on veth has to be made for (jumbo frames), and Linux 5.18 or later is needed.
 
     A lab of a process that was killed is removed by the next start of any lab.
 
@@ -235,8 +269,8 @@ class Lab:
     ) -> None:
         if not 1 <= queues <= lib.SLUICE_MAX_QUEUES:
             raise UsageError(f"queues is {queues}; allowed: 1 to {lib.SLUICE_MAX_QUEUES}")
-        if not 1280 <= mtu <= 3498:
-            raise UsageError(f"mtu is {mtu}; allowed: 1280 (IPv6's minimum) to 3498 (veth with native XDP)")
+        if not 1280 <= mtu <= 65535:
+            raise UsageError(f"mtu is {mtu}; allowed: 1280 (IPv6's minimum) to 65535")
         self.name = check_name(secrets.token_hex(4) if name is None else name)
         self.queues = queues
         self.mtu = mtu
@@ -247,8 +281,11 @@ class Lab:
         owner = (0, 0) if persistent else (os.getpid(), started or 0)
         self._marker = Marker(self.name, queues, *owner, ready=False)
         server, client = self._marker.namespaces
-        self.server = Host(server, SERVER_INTERFACE, SERVER_V4, SERVER_V6)
-        self.client = Host(client, CLIENT_INTERFACE, CLIENT_V4, CLIENT_V6)
+        self.nics = lab_nics.named()
+        interfaces = self.nics or (SERVER_INTERFACE, CLIENT_INTERFACE)
+        frags = mtu > ONE_PAGE_MTU
+        self.server = Host(server, interfaces[0], SERVER_V4, SERVER_V6, frags=frags)
+        self.client = Host(client, interfaces[1], CLIENT_V4, CLIENT_V6, frags=frags)
 
     @classmethod
     def open(cls, name: str) -> Lab:
@@ -300,6 +337,7 @@ class Lab:
                 self._build()
                 self._learn()
                 self.client.attach_pass()
+                self.client.settle()
                 write_marker(replace(self._marker, ready=True))
                 self._built = True
             except BaseException as error:
@@ -331,20 +369,13 @@ class Lab:
             with host.enter():
                 for key, value in _SYSCTLS.items():
                     Path("/proc/sys", key).write_text(value, encoding="ascii")
-        with _route(self.server.namespace) as route, _opened(self.client.path) as peer:
-            shape = {"num_tx_queues": self.queues, "num_rx_queues": self.queues, "mtu": self.mtu}
-            route.link(
-                "add",
-                ifname=SERVER_INTERFACE,
-                kind="veth",
-                peer={"ifname": CLIENT_INTERFACE, "net_ns_fd": peer, **shape},
-                **shape,
-            )
+        if self.nics:
+            for host in self.hosts:
+                with _opened(host.path) as namespace:
+                    lab_nics.borrow(host.interface, namespace, self.queues, self.mtu)
+        else:
+            self._lay_veth()
         for host in self.hosts:
-            # A checksum left to the "hardware" is still partial when XDP sees the packet; what the
-            # program then sends on is dropped by the receiver.
-            with host.enter(), closing(IoctlEthtool(host.interface)) as ethtool:
-                ethtool.set_offload_flag("tx-checksumming", False)
             with _route(host.namespace) as route:
                 index = route.link_lookup(ifname=host.interface)[0]
                 for network in host.networks:
@@ -359,19 +390,26 @@ class Lab:
                 for link in (route.link_lookup(ifname="lo")[0], index):
                     route.link("set", index=link, state="up")
 
+    def _lay_veth(self) -> None:
+        with _route(self.server.namespace) as route, _opened(self.client.path) as peer:
+            shape = {"num_tx_queues": self.queues, "num_rx_queues": self.queues, "mtu": self.mtu}
+            route.link(
+                "add",
+                ifname=SERVER_INTERFACE,
+                kind="veth",
+                peer={"ifname": CLIENT_INTERFACE, "net_ns_fd": peer, **shape},
+                **shape,
+            )
+        for host in self.hosts:
+            # A checksum left to the "hardware" is still partial when XDP sees the packet; what the
+            # program then sends on is dropped by the receiver.
+            with host.enter(), closing(IoctlEthtool(host.interface)) as ethtool:
+                ethtool.set_offload_flag("tx-checksumming", False)
+
     def _learn(self) -> None:
         """Read ifindexes, MACs and link-local addresses, waiting for carrier."""
-        deadline = time.monotonic() + _SETTLE_SECONDS
         for host in self.hosts:
-            with _route(host.namespace) as route:
-                while not host._read_link(route):
-                    if time.monotonic() > deadline:
-                        raise UnsupportedError(
-                            f"{host.interface} in {host.namespace} has no carrier or IPv6 address"
-                            f" after {_SETTLE_SECONDS:.0f} s",
-                            hint="look at it with: sluice lab shell; is IPv6 switched off (ipv6.disable=1)?",
-                        )
-                    time.sleep(0.001)
+            host.settle()
         if self.static_neighbours:
             for host, other in ((self.server, self.client), (self.client, self.server)):
                 with _route(host.namespace) as route:
@@ -429,6 +467,7 @@ def _remove_locked(name: str) -> None:
         if mounted:
             # A process inside keeps a namespace alive, so the cable is cut by hand.
             with suppress(NetlinkError), _route(namespace) as route:
+                lab_nics.give_back(route)
                 for interface in (SERVER_INTERFACE, CLIENT_INTERFACE):
                     for index in route.link_lookup(ifname=interface):
                         route.link("del", index=index)
@@ -448,19 +487,6 @@ def _opened(path: str | Path) -> Iterator[int]:
 def _route(namespace: str) -> IPRoute:
     """Netlink in a namespace that exists; without the flag pyroute2 would make it."""
     return IPRoute(netns=namespace, flags=0)
-
-
-def _load_pass() -> int:
-    """Load the two instructions of ``return XDP_PASS``; the caller closes the descriptor."""
-    # struct bpf_insn: r0 = 2 (BPF_ALU64 | BPF_MOV | BPF_K), then BPF_EXIT
-    code = bytes.fromhex("b7000000020000009500000000000000")
-    instructions = ffi.from_buffer("char[]", code)
-    descriptor = lib.sluice_prog_load(
-        lib.BPF_PROG_TYPE_XDP, b"lab_pass", b"Dual BSD/GPL", instructions, 2, lib.BPF_XDP, 0, ffi.NULL, 0, 0
-    )
-    if descriptor < 0:
-        raise UnsupportedError.from_errno("cannot load a program", -descriptor, hint="see: sluice doctor")
-    return descriptor
 
 
 def _unsupported(error: NetlinkError | OSError) -> SluiceError:

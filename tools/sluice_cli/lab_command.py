@@ -11,9 +11,12 @@ import click
 from pyroute2 import netns
 
 from sluice_cli.lab import NETNS_DIRECTORY, Host, Lab, reclaim, remove
+from sluice_cli.lab_connections import connections
 from sluice_cli.lab_dns import dns
+from sluice_cli.lab_flow import flow
 from sluice_cli.lab_state import Marker, check_name, locked, namespace_names, read_marker, read_markers
 from sluice_cli.output import Output, Table, common_options, examples
+from sluice_cli.vm_command import vm
 from xdp.errors import BusyError, UsageError
 
 DEFAULT_NAME: Final = "default"
@@ -30,6 +33,9 @@ _name_option = click.option(
         sudo sluice lab shell --host server -- ip address
         sudo sluice lab down
         sudo sluice lab dns                           a DNS server under a flood
+        sudo sluice lab flow                          congestion control over real lanes
+        sudo sluice lab connections                   links cut, peers killed: how soon is all well again?
+        sudo sluice lab vm                            zero-copy, in an emulated machine
     """)
 )
 def lab_command() -> None:
@@ -41,6 +47,9 @@ def lab_command() -> None:
 
 
 lab_command.add_command(dns)
+lab_command.add_command(connections)
+lab_command.add_command(flow)
+lab_command.add_command(vm)
 
 
 @lab_command.command(

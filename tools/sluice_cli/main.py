@@ -47,10 +47,14 @@ SUBCOMMANDS: dict[str, Subcommand] = {
     ),
     "peers": Subcommand("peers", "peers", "List the remote addresses that the program has counted."),
     "lanes": Subcommand("lanes", "lanes", "Show each lane's traffic, drops and limits."),
+    "connections": Subcommand(
+        "connections", "connections", "Show the connections that programs keep, and how well they are."
+    ),
     "replay": Subcommand("replay", "replay", "Send the UDP datagrams of a capture into the lab."),
     "lab": Subcommand("lab_command", "lab_command", "Make two hosts on this machine to try things on."),
     "demo": Subcommand("demo", "demo", "Show the promise: votes arrive while the low lane is flooded."),
     "bench": Subcommand("bench", "bench", "Measure Sluice beside its alternatives."),
+    "simulate": Subcommand("simulate", "simulate", "Run networks in virtual time, seeded."),
     "test": Subcommand("testing", "test", "Run the test suite: all levels, or some."),
 }
 

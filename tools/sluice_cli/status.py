@@ -13,6 +13,7 @@ from sluice_cli.map_text import duration_text, rate_text
 from sluice_cli.map_view import owner_state
 from sluice_cli.output import Output, Table, common_options, examples
 from sluice_cli.status_sample import CATEGORIES, Sample, pairs, totals_document
+from sluice_cli.tuning_text import tuned_documents, tuned_rows
 from xdp import inventory
 from xdp.owner_state import OwnerState
 
@@ -94,6 +95,7 @@ def _owner(state: OwnerState | None) -> dict[str, Any] | None:
         "policy": state.policy,
         "socket": state.socket,
         "persisted": state.persisted,
+        "tuned": tuned_documents(state.tuned),
     }
 
 
@@ -116,6 +118,8 @@ def _tables(document: dict[str, Any], verbose: bool) -> list[Table]:
     ]
     if document["owner"] and document["owner"]["policy"]:
         rows.append(["policy", document["owner"]["policy"]])
+    if document["owner"]:
+        rows += [["tuned", text] for text in tuned_rows(document["owner"]["tuned"])]
     if verbose:
         rows += [["held by", f"{one['command']} (pid {one['pid']})"] for one in document["holders"]]
     speeds = counters["packets_per_second"]

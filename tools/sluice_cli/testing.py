@@ -40,8 +40,12 @@ LEVELS = {
 # Of these a skipped test means that something went unproved: it counts as failed; see sluice_cli.skips.
 NEED_BPF = ("kernel", "traffic")
 
-# The level that --together runs beside the others: it waits most, and takes as long as they do.
-BESIDE = "traffic"
+# The levels that --together runs beside the others: they wait for packets and timers more than they compute.
+BESIDE = ("kernel", "traffic")
+
+# Without coverage: it computes all the time, tracing makes it three times as long, and the unit tests cover
+# what it runs.
+UNMEASURED = ("simulation",)
 
 # pytest's exit codes, https://docs.pytest.org/en/stable/reference/exit-codes.html
 TESTS_FAILED = 1
@@ -80,7 +84,7 @@ class Result:
 @click.option(
     "--together",
     is_flag=True,
-    help="Run the traffic level at the same time as the others; takes two CPUs, and two thirds of the time.",
+    help="Run the levels kernel and traffic beside the others: takes two CPUs, and half the time.",
 )
 @click.option("-k", "expression", metavar="EXPRESSION", help="Only tests whose name matches, as pytest's -k.")
 @click.option(
@@ -150,21 +154,26 @@ def run_levels(
     together: bool,
     stop: bool,
 ) -> list[Result]:
-    """All levels in turn; ``together``: the traffic level beside the others, its output after theirs."""
+    """All levels in turn; ``together``: some beside the others, their output after that of the others."""
     results = []
     with contextlib.ExitStack() as cleanup:
-        beside = None
-        if together and len(chosen) > 1 and BESIDE in chosen:
-            beside = cleanup.enter_context(Level(root, BESIDE, arguments, data, output, beside=True))
+        beside = [
+            cleanup.enter_context(Level(root, name, arguments, data, output, beside=True))
+            for name in chosen
+            if together and len(chosen) > 1 and name in BESIDE
+        ]
+        started = {level.name for level in beside}
         for name in chosen:
-            if beside is not None and name == BESIDE:
+            if name in started:
                 continue
             with Level(root, name, arguments, data, output, beside=False) as level:
                 results.append(level.finish())
             if stop and results[-1].problem:
                 return results
-        if beside is not None:
-            results.append(beside.finish())
+        for level in beside:
+            results.append(level.finish())
+            if stop and results[-1].problem:
+                return results
     return results
 
 
@@ -234,7 +243,7 @@ class Level:
     """One level's pytest process; a context manager that leaves no process behind.
 
     It writes to our stdout, or to stderr when stdout is for JSON; with ``beside`` into a file that
-    ``finish`` shows, so that two levels can run at the same time.
+    ``finish`` shows, so that several levels can run at the same time.
     """
 
     def __init__(
@@ -254,6 +263,8 @@ class Level:
         self._directory = tempfile.TemporaryDirectory(prefix="sluice-test-")
         self._report = Path(self._directory.name) / "report.xml"
         self._log = (Path(self._directory.name) / "log").open("w+", encoding="utf-8") if beside else None
+        if name in UNMEASURED:
+            data = None
         environment = measuring(root, data) if data else dict(os.environ)
         command = [sys.executable, "-m", *(["coverage", "run", "-m"] if data else [])]
         command += ["pytest", f"tests/{name}", f"--junit-xml={self._report}", *arguments]

@@ -19,6 +19,7 @@ from typing import Any, get_args
 import click
 
 from sluice_cli.output import Output, common_options, examples, write_json
+from sluice_cli.tuning_text import tuned_documents, tuned_rows
 from sluice_cli.up_persist import refresh
 from userspace.datagram.broker import Broker
 from userspace.datagram.owner import Owner
@@ -26,6 +27,7 @@ from xdp.errors import PermissionsError, SluiceError, UsageError
 from xdp.interface import Tuning
 from xdp.policy import Policy
 from xdp.policy_model import InterfaceMode
+from xdp.policy_tuning import MAX_DEFERRED, MAX_FLUSH_TIMEOUT, remarks
 from xdp.program import SteerProgram
 from xdp.state import socket_path
 from xdp.tables import compile_policy
@@ -53,10 +55,16 @@ from xdp.watch import interface_index, is_up
 @click.option("--check", is_flag=True, help="Compile, load and check everything, but attach nothing.")
 @click.option("--queues", type=click.IntRange(1, 64), help="Set the interface's number of receive queues.")
 @click.option(
-    "--napi-defer-hard-irqs", type=click.IntRange(0, 1000), metavar="N", help="Set it on the interface."
+    "--napi-defer-hard-irqs",
+    type=click.IntRange(0, MAX_DEFERRED),
+    metavar="N",
+    help="Set it on the interface.",
 )
 @click.option(
-    "--gro-flush-timeout", type=click.IntRange(0, 10**9), metavar="NS", help="Set it on the interface, in ns."
+    "--gro-flush-timeout",
+    type=click.IntRange(0, MAX_FLUSH_TIMEOUT),
+    metavar="NS",
+    help="Set it on the interface, in ns.",
 )
 @click.option("--gro/--no-gro", default=None, help="Set generic receive offload.")
 @click.option("--lro/--no-lro", default=None, help="Set large receive offload.")
@@ -131,6 +139,8 @@ def describe(owner: Owner, **more: object) -> dict[str, object]:
         "generation": owner.generation,
         "lanes": list(owner.policy.lane_names),
         "pid": os.getpid(),
+        "tuned": tuned_documents(owner.tuned),
+        "remarks": remarks(owner.tuning, owner.mode, os.uname().release),
         **more,
     }
 
@@ -228,6 +238,12 @@ class _Speaker:
         assert isinstance(refused, list)
         for one in refused:
             self._output.note(f"not {one['mode']}: {one['reason']}")
+        for one in tuned_rows(document.get("tuned")):
+            self._output.note(one)
+        remarked = document.get("remarks", [])
+        assert isinstance(remarked, list)
+        for text in remarked:
+            self._output.note(text)
 
     def event(self, text: str) -> None:
         if self._output.json:

@@ -7,6 +7,7 @@ import os
 from contextlib import ExitStack
 from pathlib import Path
 
+from sluice_cli.tuning_text import tuned_documents
 from userspace.datagram.policy_document import known_ids, with_ids
 from xdp import inventory
 from xdp.bpffs import mount_bpffs
@@ -61,6 +62,7 @@ def refresh(interface: str, path: Path, policy: Policy) -> dict[str, object] | N
             "generation": generation,
             "lanes": list(policy.lane_names),
             "pid": os.getpid(),
+            "tuned": tuned_documents(state.tuned),
             "pin": str(pin),
         }
 
@@ -81,6 +83,7 @@ def _write_state(one: inventory.Loaded, path: Path, policy: Policy) -> OwnerStat
         policy=str(path.absolute()),
         persisted=True,
         names=Names.from_policy(policy),
+        tuned=before.tuned if known and before is not None else (),
     )
     write_state(file, state)
     return state
