@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import posix
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +18,19 @@ from sluice_cli.skips import FEATURE, VECTORS, lacking, vectors_folder
 from xdp.probe import probe_host
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def _forget_coverage() -> None:
+    """In a forked child.
+
+    pyroute2 forks for each namespace and ends the child by SIGTERM.  Where coverage is measured it would then
+    write all that its parent has run so far, which takes as long as the rest of a lab.
+    """
+    os._exit = posix._exit
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_forget_coverage)
 
 
 @pytest.fixture

@@ -33,8 +33,8 @@ _MASKS = (0xFF, 0xF0, 0x0F, 0x80, 0x01)
 _GENEROUS = "1000000"
 
 
-def random_policy(rng: random.Random) -> str:
-    """The text of a policy that is valid whatever ``rng`` says."""
+def random_policy(rng: random.Random, offsets: tuple[int, ...] = (0, 0, 1, 4)) -> str:
+    """The text of a policy that is valid whatever ``rng`` says; patterns are at ``offsets``, or up to 64."""
     lanes = [f"lane{number}" for number in range(rng.randint(1, lib.SLUICE_MAX_LANES))]
     classes = [f"class{number}" for number in range(rng.randint(0, 6))]
     parts = ["version = 1", f'fragments = "{rng.choice(("pass", "drop"))}"']
@@ -62,7 +62,7 @@ def random_policy(rng: random.Random) -> str:
     for number in range(rng.randint(1, 4)):
         taken = sorted(ports.pop() for _ in range(rng.randint(1, 3)))
         parts.append(f'[[service]]\nname = "service{number}"\nports = {taken}')
-        parts.extend(_service_body(rng, lanes, [name for name in classes if name not in denied]))
+        parts.extend(_service_body(rng, lanes, [name for name in classes if name not in denied], offsets))
     return "\n".join(part for part in parts if part) + "\n"
 
 
@@ -71,12 +71,14 @@ def _demotion(rng: random.Random, lanes: list[str], number: int) -> str:
     return f'demote = "{rng.choice(lower)}"' if lower and rng.random() < 0.5 else ""
 
 
-def _service_body(rng: random.Random, lanes: list[str], classes: list[str]) -> list[str]:
+def _service_body(
+    rng: random.Random, lanes: list[str], classes: list[str], offsets: tuple[int, ...]
+) -> list[str]:
     parts = []
     kinds = [f"kind{number}" for number in range(rng.randint(0, 4))]
     used: set[str] = set()
     for name in kinds:
-        patterns = [_pattern(rng) for _ in range(rng.randint(1, 3))]
+        patterns = [_pattern(rng, offsets) for _ in range(rng.randint(1, 3))]
         fresh = [pattern for pattern in dict.fromkeys(patterns) if pattern not in used]
         used.update(fresh)
         # An offset of its own where all patterns were taken.
@@ -102,11 +104,11 @@ def _service_body(rng: random.Random, lanes: list[str], classes: list[str]) -> l
     return parts
 
 
-def _pattern(rng: random.Random) -> str:
+def _pattern(rng: random.Random, offsets: tuple[int, ...]) -> str:
     width = rng.choice((1, 2, 4, 8))
     mask = bytes(rng.choice(_MASKS) for _ in range(width))
     value = bytes(rng.choice(_BYTES) & byte for byte in mask)
-    offset = rng.choice((0, 0, 1, 4, rng.randint(0, 64)))
+    offset = rng.choice((*offsets, rng.randint(0, 64)))
     return f'{{ offset = {offset}, mask = "{mask.hex()}", value = "{value.hex()}" }}'
 
 
@@ -129,14 +131,20 @@ def random_payload(rng: random.Random) -> bytes:
     return bytes(rng.choice(_BYTES) for _ in range(rng.choice((0, 1, 2, 7, 8, 9, 16, 64, 100))))
 
 
-def random_frame(rng: random.Random, policy: Policy) -> bytes:
-    """Mostly a datagram that some service takes; often with one of its fields changed."""
+def random_frame(rng: random.Random, policy: Policy, longest: int = 0) -> bytes:
+    """Mostly a datagram that some service takes; often with one of its fields changed.
+
+    ``longest``: bytes that its payload may be longer by.
+    """
     source = rng.choice(SOURCES if rng.random() < 0.4 else PEERS)
     if rng.random() < 0.4:
         source = _near(rng, policy) or source
     ports = [port for service in policy.services for port in service.ports]
     port = rng.choice(ports) if rng.random() < 0.9 else rng.choice((*PORTS, 0, 65535))
-    datagram = frames.udp(port, random_payload(rng), source_port=rng.randrange(65536))
+    payload = random_payload(rng)
+    if longest and rng.random() < 0.8:
+        payload += bytes([rng.choice(_BYTES)]) * rng.randint(0, longest)
+    datagram = frames.udp(port, payload, source_port=rng.randrange(65536))
     if rng.random() < 0.5:
         datagram = datagram[:6] + rng.randbytes(2) + datagram[8:]
     tags = [rng.choice((frames.VLAN, frames.QINQ)) for _ in range(rng.choice((0,) * 8 + (1, 1, 2, 2, 3)))]

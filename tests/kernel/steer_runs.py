@@ -23,6 +23,10 @@ ACTIONS = {"pass": XDP_PASS, "drop": XDP_DROP, "steer": XDP_REDIRECT, "reply": X
 #: BPF_PROG_TEST_RUN refuses less than an Ethernet header, and more than a page less its head and tail room.
 SHORTEST, LONGEST = 14, 3500
 
+#: With packets in several buffers the first one has a page less 256 bytes of head room and 320 of
+#: skb_shared_info; what is longer than that and 17 pages is refused.
+FIRST_BUFFER, LONGEST_JUMBO = 4096 - 256 - 320, 65_536
+
 _COUNT = 16  # bytes of struct sluice_count
 _META = ffi.sizeof("struct sluice_meta")
 
@@ -66,7 +70,7 @@ class SteerRuns:
         self._seen = base + ffi.offsetof("struct sluice_counters", "seen")
         self._first = base + ffi.offsetof("struct sluice_counters", "verdict")
         self._last = self._first + lib.SLUICE_VERDICTS_SIZE * _COUNT
-        self._out = ffi.new("char[]", 8192)
+        self._out = ffi.new("char[]", 2 * LONGEST_JUMBO)
         self._run = ffi.new("struct sluice_test_run *")
         self.policy: Policy | None = None
         self.strangers = Strangers.open(self._map_again, program.maps["known"].info)

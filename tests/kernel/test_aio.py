@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from sluice_cli.lab import Lab
+from tests.cable import NATIVE
 from tests.kernel.datapath import (
     POLICY,
     VOTES,
@@ -68,7 +69,7 @@ async def take(lanes: XskLanes, count: int) -> list[bytes]:
     return found
 
 
-@pytest.mark.parametrize("mode", ["native-copy", "generic-copy"])
+@pytest.mark.parametrize("mode", [NATIVE, "generic-copy"])
 def test_batches_of_both_ways(lab: Lab, mode: Mode, run: Run) -> None:
     """Those of the rings and those of the companion sockets; each lane's in order."""
     with lab.server.enter():

@@ -13,16 +13,19 @@ from collections.abc import Iterator
 import pytest
 
 from sluice_cli.lab import Lab
+from tests.cable import NATIVE
 from tests.kernel.datapath import POLICY, SECONDS, VOTES, client_socket, server_address, until
 from tests.kernel.test_kernel_sockets_faults import Bottleneck
 from userspace.datagram.batch_manager import UDPBatchManager
 from userspace.datagram.batch_queue import RETRY
+from userspace.datagram.flow_gate import FlowGate
 from userspace.datagram.lanes import open_lanes
 from userspace.datagram.mmsg import MmsgLanes
 from userspace.datagram.portable import PortableLanes
 from userspace.datagram.sockets import open_service_sockets
 from userspace.datagram.xsk_lanes import XskLanes
 from userspace.datagram.xsk_send import Spread
+from userspace.flow.controller import FlowController
 from xdp.errors import BusyError, InterfaceGoneError, UsageError
 from xdp.policy import Policy
 
@@ -58,7 +61,7 @@ def xsk_lanes(lab: Lab, policy: Policy | None = None) -> Iterator[XskLanes]:
     """To be used from within the server's namespace, where the router is opened at the first packet."""
     with lab.server.enter():
         policy = policy or Policy.parse(POLICY)
-        with open_lanes(policy, interface=lab.server.interface, mode="native-copy") as lanes:
+        with open_lanes(policy, interface=lab.server.interface, mode=NATIVE) as lanes:
             assert isinstance(lanes, XskLanes)
             yield lanes
 
@@ -90,7 +93,7 @@ def test_to_known_unknown_and_own_addresses_in_one_batch(lab: Lab, lanes: XskLan
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(client_socket(lab, version)) for version in (4, 6, 4)]
         acquaint(lanes, clients[0])
-        manager = stack.enter_context(UDPBatchManager(lanes, port=VOTES))
+        manager = stack.enter_context(UDPBatchManager(lanes, port=VOTES, batch_timeout=SECONDS))
         before = lanes.statistics().sent
         for number in range(60):
             to = name(clients[number % 3]) if number % 4 else (server_address(lab), VOTES)
@@ -125,9 +128,43 @@ def test_sent_while_it_receives(lab: Lab, lanes: XskLanes) -> None:
         assert manager.statistics().attempts["time"] == 1
 
 
+def test_flow_control_over_the_ring(lab: Lab, lanes: XskLanes) -> None:
+    """One client acknowledges, the other does not: its window is all it gets, and holds up nobody."""
+    gate = FlowGate(lambda _, now: FlowController(now))
+    with (
+        client_socket(lab) as answering,
+        client_socket(lab) as silent,
+        UDPBatchManager(lanes, port=VOTES, maximum_age=SECONDS, flows=gate) as manager,
+    ):
+        acquaint(lanes, answering)
+        acquaint(lanes, silent)
+        for number in range(100):
+            manager.queue_packet(name(answering), b"%d" % number + bytes(1190))
+            manager.queue_packet(name(silent), b"%d" % number + bytes(1190))
+        answering.setblocking(False)
+        found: list[int] = []
+        deadline = time.monotonic() + SECONDS
+        while len(found) < 100:
+            assert time.monotonic() < deadline
+            manager.receive_batch(timeout=0.001).release()
+            before = len(found)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    found.append(int(answering.recv(2000).rstrip(b"\0")))
+            if len(found) > before:  # numbers are given in the order of sending
+                manager.acknowledged(name(answering), [(0, len(found) - 1)])
+        assert found == list(range(100))
+        flow = gate.find(name(silent))
+        assert flow is not None
+        assert 10 <= flow.snapshot().sent_packets <= 14, "the initial window, and probes"
+        assert len(manager) == 100 - flow.snapshot().sent_packets
+        assert manager.statistics().balanced
+        assert lanes.statistics().sent >= 110
+
+
 def test_longer_than_a_frame(lab: Lab, lanes: XskLanes) -> None:
     """The kernel makes fragments of it, whether alone in its batch or not."""
-    with client_socket(lab) as client, UDPBatchManager(lanes, port=VOTES) as manager:
+    with client_socket(lab) as client, UDPBatchManager(lanes, port=VOTES, batch_timeout=SECONDS) as manager:
         acquaint(lanes, client)
         for payloads in ([b"short", bytes(3000), b"also short"], [bytes(4000)]):
             for payload in payloads:
@@ -141,7 +178,7 @@ def test_without_companions_what_cannot_leave_is_skipped(lab: Lab) -> None:
     """Too long, and no way: each is named, the others arrive."""
     with xsk_lanes(lab, NOBODY) as lanes, client_socket(lab) as client:
         acquaint(lanes, client)
-        with UDPBatchManager(lanes, port=VOTES) as manager:
+        with UDPBatchManager(lanes, port=VOTES, batch_timeout=SECONDS) as manager:
             manager.queue_packet(name(client), b"first")
             manager.queue_packet(name(client), bytes(1473))
             for _ in range(2):
@@ -162,7 +199,7 @@ def test_without_companions_what_cannot_leave_is_skipped(lab: Lab) -> None:
 
 
 def test_where_the_kernel_would_not(lab: Lab, lanes: XskLanes) -> None:
-    with client_socket(lab) as client, UDPBatchManager(lanes, port=VOTES) as manager:
+    with client_socket(lab) as client, UDPBatchManager(lanes, port=VOTES, batch_timeout=SECONDS) as manager:
         acquaint(lanes, client)
         lab.server.run(["ip", "route", "add", "unreachable", "192.0.2.0/24"])
         manager.queue_packet(("192.0.2.1", 9), b"lost")

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from tests.kernel.steered import FAR, NEAR, Steered, in_namespace, namespace, udp_frame, until
+from userspace.datagram.flow_publisher import FlowPublisher
+from userspace.flow.controller import FlowController
 from xdp import inventory
 from xdp._libbpf import lib
 from xdp.link import Link
@@ -207,6 +209,26 @@ def test_peers_as_text(steered: Steered) -> None:
     assert steered.sluice("peers", "--address", "10.9.0.0/16").stdout == "no peer matches\n"
 
 
+def test_peers_with_flow_control(steered: Steered) -> None:
+    """What a program tells of its flow control is beside the peers that it is about, while it runs."""
+    flow = FlowController(0.0)
+    flow.on_packet_sent(1.0, 1000)
+    flow.on_ack_received(1.02, [(0, 0)])
+    assert all("flows" not in one for one in peers(steered))
+    with FlowPublisher(lambda: [(("192.0.2.8", 9000), flow)], "answers") as publisher:
+        assert publisher.publish(0.0)
+        bob = peers(steered)[0]
+        (told,) = bob["flows"]
+        assert (told["port"], told["program"], told["pid"]) == (9000, "answers", os.getpid())
+        assert (told["window"], told["smoothed_rtt"], told["level"]) == (flow.window, 0.02, "none")
+        head, first, *others = steered.sluice("peers").stdout.splitlines()
+        columns = [column.strip() for column in head.split("  ") if column]
+        assert columns[-6:] == ["window", "on its way", "rate", "round trip", "loss", "congestion"]
+        assert first.split()[-4:] == ["20", "ms", "0.0%", "none"]
+        assert not any("none" in line for line in others)
+    assert all("flows" not in one for one in peers(steered))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -247,7 +269,12 @@ def gone(made: Steered) -> bool:
 
 def test_down_ends_the_owner_and_can_be_repeated(tmp_path: Path) -> None:
     with namespace(tmp_path) as made:
-        assert made.json("down") == {"version": 1, "interface": None, "removed": False}
+        assert made.json("down") == {
+            "version": 1,
+            "interface": None,
+            "removed": False,
+            "settings": [],
+        }
         owner = made.hold(state=state_file(made))
         document = made.json("down")
         assert (document["removed"], document["signalled"]) == (True, [owner.pid])

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import random
 import select
-from collections.abc import Iterator
 
 import pytest
 
 from sluice_cli.generator import Generator, Stream
 from sluice_cli.lab import Lab
 from sluice_cli.traffic import Template, udp_frame
+from tests.cable import NICS
 from tests.kernel.datapath import (
     BULK,
     SECONDS,
@@ -20,7 +20,6 @@ from tests.kernel.datapath import (
     client_socket,
     collect,
     lanes_on,
-    load,
     quiet,
     server_address,
     until,
@@ -42,11 +41,9 @@ pytestmark = [
 VOTE_LANE, BULK_LANE = 0, 1
 
 
-@pytest.fixture(scope="module")
-def program() -> Iterator[SteerProgram]:
-    loaded = load()
-    yield loaded
-    loaded.close()
+@pytest.fixture
+def program(datapath_program: SteerProgram) -> SteerProgram:
+    return datapath_program
 
 
 def small(bulk_quota: int = 48, vote_quota: int = 64, share: float = 0.1) -> tuple[LaneSpec, ...]:
@@ -112,7 +109,8 @@ def test_random_operations(lab: Lab, program: SteerProgram, run: int) -> None:
                 client.sendto(b"again", (server_address(lab), port))
         for name in ("votes", "bulk"):
             until(lambda name=name: lanes.statistics().lane(name).waiting == 64, f"64 in {name}")  # type: ignore[misc]
-        assert all(queue.lanes[0].fill_empty == 0 for queue in lanes.statistics().queues)
+        # A card with zero-copy asks for more than there are here: it fills a ring of its own.
+        assert NICS or all(queue.lanes[0].fill_empty == 0 for queue in lanes.statistics().queues)
 
 
 def hold_everything(lanes: XskLanes, quota: int) -> list[Batch]:

@@ -16,7 +16,7 @@ from xdp.watch import Change, InterfaceWatch, interface_index, is_up
 
 pytestmark = pytest.mark.root
 
-SECONDS = 10.0
+SECONDS = 60.0
 
 
 class Watched:

@@ -254,11 +254,12 @@ class TestModes:
         assert left_behind(lab) == []
 
     def test_an_interface_without_native_xdp(self, lab: Lab) -> None:
-        """A frame that does not fit into a page: veth refuses native XDP then, and generic holds."""
+        """A packet that does not fit into a page: without jumbo frames veth refuses native XDP."""
+        policy = Policy.parse(POLICY.replace("reserve = 64", "reserve = 64\njumbo = false"))
         lab.client.detach()
         for host in lab.hosts:
             host.run(["ip", "link", "set", host.interface, "mtu", "9000"])
-        with lab.server.enter(), Owner.open("srv0", Policy.parse(POLICY)) as owner:
+        with lab.server.enter(), Owner.open("srv0", policy) as owner:
             assert owner.mode == "generic-copy"
             assert [one.mode for one in owner.refused] == ["native-zero-copy", "native-copy"]
             assert all("srv0" in one.reason for one in owner.refused)

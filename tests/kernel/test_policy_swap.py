@@ -23,7 +23,7 @@ from xdp.tables import KnownTable, compile_policy
 pytestmark = pytest.mark.bpf
 
 PORT = 8001
-SWAPS = 500
+SWAPS = 250
 
 
 def turn(*, even: bool) -> Policy:

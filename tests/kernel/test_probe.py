@@ -86,8 +86,10 @@ def test_settings_that_hurt_are_named(pair: Steered) -> None:
     subprocess.run(["ip", "-n", pair.name, "link", "set", FAR, "mtu", "9000", "down"], check=True)
     try:
         found = about(pair, FAR)
-        assert found["MTU"].state == "warn"
-        assert f"ip link set dev {FAR} mtu 1500" in found["MTU"].advice
+        assert found["MTU"].detail.startswith("9000")
+        # veth takes packets in several pages; so it is the kernel that decides.
+        jumbo = by_topic(probe.probe_host())["AF_XDP jumbo frames"]
+        assert found["MTU"].state == jumbo.state
         assert found["interface"].state == "warn"
         assert found["interface"].advice == f"ip link set dev {FAR} up"
         subprocess.run(["ip", "-n", pair.name, "link", "set", FAR, "mtu", "2000"], check=True)

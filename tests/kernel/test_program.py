@@ -24,7 +24,7 @@ from xdp.compile import compile_program, flatten
 from xdp.errors import SluiceError, UnsupportedError, VerifierError
 from xdp.maps import BpfMap
 from xdp.policy import Policy
-from xdp.program import PROGRAM_NAME, SteerProgram, load_bytecode, with_maps
+from xdp.program import PROGRAM_NAME, SteerProgram, load_bytecode
 from xdp.tables import compile_policy
 
 pytestmark = pytest.mark.bpf
@@ -75,6 +75,8 @@ def test_maps_of_the_program(steer_program: SteerProgram) -> None:
         "lane_limits": (lib.BPF_MAP_TYPE_ARRAY, 4, size("struct sluice_bucket"), lib.SLUICE_MAX_LANES),
         "prefix_limits": (lib.BPF_MAP_TYPE_ARRAY, 4, size("struct sluice_bucket"), lib.SLUICE_PREFIX_BUCKETS),
         "counters": (lib.BPF_MAP_TYPE_ARRAY, 4, size("struct sluice_counters"), lib.sluice_possible_cpus()),
+        "peer_holds": (lib.BPF_MAP_TYPE_ARRAY, 4, size("struct sluice_hold"), lib.SLUICE_MAX_KNOWN),
+        "hold_marks": (lib.BPF_MAP_TYPE_ARRAY, 4, size("struct sluice_hold_marks"), lib.SLUICE_HOLD_LINES),
         "xsks": (lib.BPF_MAP_TYPE_XSKMAP, 4, 4, lib.SLUICE_XSKS_SIZE),
         **{
             f"prefixes_{bank}": (
@@ -209,23 +211,6 @@ def test_bytecode_that_the_verifier_refuses() -> None:
     assert "invalid bpf_context access" in caught.value.detail
     fd = load_bytecode("good", PASS + EXIT)
     os.close(fd)
-
-
-def test_map_descriptors_are_replaced_only_where_they_stand() -> None:
-    """The second half of a 64-bit load, and loads of other constants, stay."""
-    load = struct.Struct("<BBhi")
-    text = b"".join(
-        (
-            load.pack(0x18, 0x11, 0, 7),
-            load.pack(0, 0, 0, 7),
-            load.pack(0x18, 0x01, 0, 7),
-            load.pack(0, 0, 0, 0),
-            EXIT,
-        )
-    )
-    changed = with_maps(text, {7: 99})
-    assert changed[:8] == load.pack(0x18, 0x11, 0, 99)
-    assert changed[8:] == text[8:]
 
 
 def test_test_run_refuses_what_the_kernel_does(steer_program: SteerProgram) -> None:

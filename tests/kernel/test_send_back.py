@@ -13,6 +13,7 @@ from typing import cast
 import pytest
 
 from sluice_cli.lab import Host, Lab
+from tests.cable import NATIVE
 from tests.kernel.datapath import SECONDS, attached, client_socket, open_on, server_address
 from userspace.datagram.batch import Batch
 from userspace.datagram.companion import Companion
@@ -121,7 +122,7 @@ def over_xdp(program: SteerProgram, host: Host, mode: Mode) -> Iterator[Lanes]:
             yield lanes
 
 
-@pytest.fixture(params=["mmsg", "portable", "native-copy", "generic-copy", "companion"])
+@pytest.fixture(params=["mmsg", "portable", NATIVE, "generic-copy", "companion"])
 def served(request: pytest.FixtureRequest, lab: Lab, program: SteerProgram) -> Iterator[Served]:
     name: str = request.param
     with contextlib.ExitStack() as stack:
@@ -130,7 +131,7 @@ def served(request: pytest.FixtureRequest, lab: Lab, program: SteerProgram) -> I
             with lab.server.enter():
                 lanes = stack.enter_context(open_lanes(Policy.parse(POLICY), mode=cast("Wanted", name)))
         else:
-            mode = cast("Mode", "native-copy" if name == "companion" else name)
+            mode = cast("Mode", NATIVE if name == "companion" else name)
             lanes = stack.enter_context(over_xdp(program, lab.server, mode))
         # What is longer than the link's packets comes in fragments, which only the kernel puts together.
         yield Served(lab, lanes, 3000 if name == "companion" else 20)

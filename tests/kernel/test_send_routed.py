@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from sluice_cli.lab import Lab
+from tests.cable import NATIVE
 from tests.kernel.datapath import POLICY, SECONDS, VOTES, client_socket, server_address, until
 from userspace.datagram.fanout import Fanout
 from userspace.datagram.lanes import open_lanes
@@ -34,7 +35,7 @@ def _lab() -> Iterator[Lab]:
 @pytest.fixture(name="lanes")
 def _lanes(lab: Lab) -> Iterator[XskLanes]:
     with lab.server.enter():
-        opened = open_lanes(Policy.parse(POLICY), interface=lab.server.interface, mode="native-copy")
+        opened = open_lanes(Policy.parse(POLICY), interface=lab.server.interface, mode=NATIVE)
     assert isinstance(opened, XskLanes)
     with opened:
         yield opened
@@ -191,7 +192,7 @@ def test_without_a_companion(lab: Lab) -> None:
     """All are resolved, waiting for their neighbours; what is too long for one is refused for all."""
     policy = Policy.parse(POLICY + "\n[companion]\nenabled = false\n")
     with lab.server.enter():
-        lanes = open_lanes(policy, interface=lab.server.interface, mode="native-copy")
+        lanes = open_lanes(policy, interface=lab.server.interface, mode=NATIVE)
     with lanes, client_socket(lab) as client, client_socket(lab, 6) as six, lab.server.enter():
         fanout = many([client, six])
         for _ in range(2):

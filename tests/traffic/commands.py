@@ -83,6 +83,20 @@ def interrupt(*words: str, whom: Literal["process", "terminal"], when: Literal["
         until(lambda: program_name(program) == "?", "the program is unloaded")
 
 
+def killed(*words: str) -> None:
+    """kill -9 once a program is on its lab's server: its processes end by themselves, a start tidies up."""
+    with _started(*words) as process:
+        marker = until(lambda: _lab_of(process.pid), "the command's lab", PATIENCE)
+        assert marker is not None
+        lab = Lab.open(marker.name)
+        until(lambda: _program(lab), "a program on the server", PATIENCE)
+        process.kill()
+        process.wait(PATIENCE)
+        until(lambda: not session(process.pid), "all its processes are gone")
+    with Lab():
+        assert not any((NETNS_DIRECTORY / namespace).exists() for namespace in marker.namespaces)
+
+
 def session(leader: int) -> list[int]:
     """Processes of a session that are alive."""
     found = []

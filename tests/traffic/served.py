@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import select
 import socket
@@ -15,11 +16,15 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from scapy.arch.linux import L2Socket
+
+# Before any socket is made: without it scapy's sockets don't know Ethernet.
+from scapy.layers.inet import IP, UDP
 from scapy.packet import Packet as Frame
 from scapy.packet import Raw
 
 from sluice_cli.lab import Host, Lab
 from sluice_cli.status_sample import read_counters
+from tests.cable import NATIVE
 from userspace.datagram.batch import Address, Batch
 from userspace.datagram.lanes import open_lanes
 from userspace.datagram.xsk_lanes import XskLanes
@@ -166,7 +171,12 @@ def steered(found: Counters, lane: int) -> int:
 
 
 def descriptors() -> dict[int, str]:
-    """Open descriptors of this process and what they are, without the one that looks."""
+    """Open descriptors of this process and what they are, without the one that looks.
+
+    Collects garbage first: closed lanes that an earlier test's traceback still holds in a cycle keep
+    the eventfd of their waiters until then, and would vanish between two looks.
+    """
+    gc.collect()
     found = {}
     for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - as few objects as possible while looking
         with contextlib.suppress(FileNotFoundError):
@@ -187,7 +197,10 @@ class Served:
         with lab.server.enter():
             opened = open_lanes(self.policy, interface=lab.server.interface, mode=mode, **options)
         assert isinstance(opened, XskLanes)
+        assert opened.mode == (NATIVE if mode == "native" else "generic-copy"), opened.status()
         self.lanes = opened
+        if lab.nics:  # cards lose carrier for a moment; an interface that is down on purpose stays so
+            lab.server.settle()
         with lab.client.enter():
             self.wire = L2Socket(iface=lab.client.interface)
         self.wire.ins.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 32 << 20)
@@ -252,8 +265,6 @@ class Served:
 
     def answers(self, count: int, port: int | None = None) -> list[Frame]:
         """``count`` UDP frames that arrived at the client, for ``port``."""
-        from scapy.layers.inet import UDP
-
         found: list[Frame] = []
         deadline = time.monotonic() + SECONDS
         while len(found) < count:
@@ -302,16 +313,12 @@ def serving(
 
 def payload_of(frame: Frame) -> bytes:
     """UDP payload of a frame that scapy parsed, without Ethernet's padding."""
-    from scapy.layers.inet import UDP
-
     udp = frame[UDP]
     return bytes(udp[Raw].load)[: udp.len - 8] if Raw in udp else b""
 
 
 def checksums_right(frame: Frame) -> bool:
     """Whether scapy, building the frame anew, comes to the same IP and UDP checksums."""
-    from scapy.layers.inet import IP, UDP
-
     again = frame.copy()
     if IP in again:
         del again[IP].chksum

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sluice_cli.bench import ECHO, FANOUT, MANAGER, RECEIVE, TRANSMIT
+from sluice_cli.bench import ECHO, FANOUT, LATENCY, MANAGER, RECEIVE, TRANSMIT
 from sluice_cli.bench_soak_worker import PATHS
 from tests.traffic.commands import interrupt, refused, report, run
 
@@ -18,6 +20,19 @@ pytestmark = [pytest.mark.root, pytest.mark.bpf]
 SHORT = ("--seconds", "0.2", "--runs", "1")
 #: On a machine with one CPU generator and receiver share it.
 SAME = () if len(os.sched_getaffinity(0)) > 1 else ("--same-core",)
+
+
+#: What ratios are to, unless it is xsk-c.
+REFERENCES = {
+    "sluice-touch": "xsk-c-touch",
+    "sluice-linger-touch": "xsk-c-touch",
+    "sluice-generic": "xsk-generic-c",
+}
+
+
+def uses_frames(path: str) -> bool:
+    kernel_sockets = ("sluice-mmsg", "sluice-portable")
+    return path.startswith(("sluice", "xsk")) and not path.startswith(kernel_sockets)
 
 
 def check(document: dict[str, Any], direction: str, size: int, names: list[str]) -> dict[str, Any]:
@@ -35,8 +50,10 @@ def check(document: dict[str, Any], direction: str, size: int, names: list[str])
         assert row["process_cpu_ns"] > 0
         assert row["machine_cpu_ns"] >= 0
         assert 0 <= row["loss"] < 1
+        assert row["rss_kib"] > 1000
+        assert (row["umem_kib"] > 0) == uses_frames(row["path"])
         for ratio, reference in (
-            ("ratio_to_c", "xsk-c-touch" if "sluice" in row["path"] and "touch" in row["path"] else "xsk-c"),
+            ("ratio_to_c", REFERENCES.get(row["path"], "xsk-c")),
             ("ratio_to_recvmmsg", kernel),
         ):
             if reference in rows:
@@ -73,15 +90,60 @@ def test_echo_all_paths() -> None:
     check(report("bench", "echo", "--size", "64", *SHORT, *SAME), "echo", 64, names)
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="latency needs two CPUs")
-def test_latency_all_paths() -> None:
-    document = report("bench", "latency", "--seconds", "0.2")
-    assert [row["path"] for row in document["results"]] == ["heartbeat", *(path.run for path in ECHO)]
+two_cpus = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="generator and path have a CPU each")
+
+
+@two_cpus
+def test_latency_of_all_idle_paths() -> None:
+    document = report("bench", "latency", "--seconds", "0.2", "--load", "idle")
+    assert [row["path"] for row in document["results"]] == ["heartbeat", *(path.name for path in LATENCY)]
     for row in document["results"]:
         assert row["packets"] > 0
         assert row["lost"] >= 0
         figures = row["latency_us"]
         assert 0 < figures["p50"] <= figures["p99"] <= figures["p99.9"]
+
+
+@two_cpus
+def test_latency_under_load() -> None:
+    words = ("--path", "sluice", "--path", "xsk-c", "--load", "half", "--load", "flood", "--seconds", "0.2")
+    rows = report("bench", "latency", *words)["results"]
+    assert [(row["load"], row["path"]) for row in rows] == [
+        (load, path) for load in ("half", "flood") for path in ("xsk-c", "sluice")
+    ]
+    for row in rows:
+        assert row["packets"] > 100
+        assert row["lost"] <= row["packets"]
+        assert (row["beside_packets_per_second"] is None) == (row["load"] == "flood")
+        if row["load"] == "half":
+            assert row["beside_packets_per_second"] > 0
+    for reference, own in (rows[:2], rows[2:]):
+        if own["latency_us"]["p50"] and reference["latency_us"]["p50"]:
+            ratio = own["latency_us"]["p50"] / reference["latency_us"]["p50"]
+            assert own["latency_ratio_to_c"]["p50"] == pytest.approx(ratio, abs=0.01)
+
+
+@two_cpus
+def test_all_in_one_run(tmp_path: Path) -> None:
+    """Each kind of benchmark, in moments; the page has a section for each, and no plot is missing."""
+    page = tmp_path / "page.md"
+    sections = ("echo", "batch", "latency", "soak")
+    words = ["--quick", "--path", "sluice"]
+    words += [word for name in sections for word in ("--only", name)]
+    document = report("bench", "all", *words, "--report", str(page))
+    rows = document["results"]
+    assert [row for row in rows if "error" in row] == []
+    asked = {row["direction"] for row in rows if "latency_us" in row}
+    assert asked == {"latency", "batch"}
+    assert {row["direction"] for row in rows} == set(sections)
+    assert {row["load"] for row in rows if row["direction"] == "latency"} == {"idle", "half", "flood"}
+    assert {row["batch"] for row in rows if row["direction"] == "batch"} == {1, 256}
+    assert document["made"]["took_seconds"] > 0
+    text = page.read_text(encoding="utf-8")
+    plots = re.findall(r"\]\((page/\S+\.svg)\)", text)
+    assert len(plots) == 4
+    for plot in plots:
+        assert (tmp_path / plot).read_text(encoding="utf-8").startswith("<svg ")
 
 
 def test_for_people_on_one_core() -> None:
@@ -94,7 +156,8 @@ def test_for_people_on_one_core() -> None:
 
 
 def test_interrupted() -> None:
-    interrupt("bench", "receive", "--seconds", "60", *SAME, "--json", whom="terminal", when="program")
+    command = ("bench", "receive", *SAME) if SAME else ("bench", "all")
+    interrupt(*command, "--seconds", "60", "--json", whom="terminal", when="program")
 
 
 def test_options_out_of_range() -> None:

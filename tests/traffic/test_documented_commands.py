@@ -68,11 +68,18 @@ LAB = "documented"  # stands for the random name of the lab that a test makes
 NAMESPACE = "NAMESPACE"  # stands for the path of the one that eth1 is in
 UP = r"eth1: native-copy, program \d+; serving /\S+\n"
 
+#: Or what a program tells that a test beside this one runs.
+NOBODY = r"no program tells of connections|\d+ of \d+ connections"
+FEW = ("--udp", "10", "--quic", "1", "--seconds", "1")
+
 #: By the words that a shell would see, without sudo and the folder of the launcher.
 CASES: dict[str, Case] = {
     # In the order of the documents: README.md,
     "sluice demo": Case(r"(?s)votes.*bulk", more=("--seconds", "1", "--flood", "250000")),
-    "sluice test": Case(r"tests? collected", more=("--", "--collect-only", "-q")),
+    # Some files of each level: to import all of them takes half a minute.
+    "sluice test": Case(
+        r"tests? collected", more=("--", "--collect-only", "-q", "--ignore-glob=*/test_[!f]*.py")
+    ),
     "sluice check policy.toml": Case(r"policy.toml: ok\n(?s:.*)votes"),
     "sluice doctor eth1": Case(r"(?s)interface eth1\n.*Sluice can be loaded here", "free"),
     "sluice up eth1 policy.toml": Case(UP, "free", ends=False),
@@ -106,15 +113,90 @@ CASES: dict[str, Case] = {
     "sluice bench fanout": Case(r"sluice\s+64", more=SHORT),
     "sluice bench echo": Case(r"sluice\s+64", more=SHORT),
     "sluice bench manager": Case(r"sluice-manager", more=("--seconds", "0.2", "--runs", "1", "--size", "64")),
-    "sluice bench latency": Case(r"heartbeat", more=("--seconds", "0.2")),
+    "sluice bench latency": Case(r"heartbeat", more=("--seconds", "0.2", "--load", "idle")),
+    "sluice bench batch": Case(r"sluice\s+8 ", more=("--seconds", "0.2", "--path", "sluice", "--batch", "8")),
+    "sluice bench cpu": Case(r"50,000\s+asyncio", more=("--seconds", "0.2", "--rate", "50000")),
     "sluice bench soak --minutes 3": Case(r"sluice-mmsg", more=("--minutes", "0.02", "--rate", "2000")),
+    "sluice bench flow": Case(r"newreno\s+1%", more=("--packets", "1000", "--rounds", "1")),
     "sluice bench program": Case(r"(?s)v4.*v6", more=("--seconds", "0.5")),
+    "sluice bench all --report docs/benchmarks.md": Case(
+        r"sluice\s+64",
+        more=("--quick", "--only", "echo", "--path", "sluice"),
+        instead={"docs/benchmarks.md": "benchmarks.md"},
+    ),
+    # docs/benchmarks.md, the commands that are in no other document,
+    "sluice bench soak": Case(r"socket", more=("--minutes", "0.01", "--rate", "2000", "--path", "socket")),
     "sluice up eth1 policy.toml --queues 2": Case(UP, "free", ends=False),
     "python docs/examples/busy_thread.py": Case(r"beside a busy thread\n"),
     "sluice up eth1 policy.toml --napi-defer-hard-irqs 2 --gro-flush-timeout 200000 --no-gro": Case(
         UP, "free", ends=False
     ),
     "sluice doctor": Case(r"this machine\n"),
+    # docs/flow.md,
+    "sluice simulate flow": Case(r"0 missed", more=("--scenario", "overload", "--seconds", "1")),
+    "sluice simulate flow --list": Case(r"(?s)steady.*controllers: "),
+    "sluice simulate flow --scenario step --controller cubic --seed 7 --plot step.svg": Case(
+        r"(?s)step +cubic .*seed 7: 2 thresholds, 0 missed", more=("--seconds", "18")
+    ),
+    "sluice simulate flow --controller newreno --controller cubic --controller bbr --controller copa": Case(
+        r"0 missed", more=("--scenario", "overload", "--seconds", "1")
+    ),
+    "sluice simulate flow --scenario codel --json": Case(
+        r'"scenario": "codel"', more=("--seconds", "1", "--controller", "cubic")
+    ),
+    # docs/connections.md,
+    "sluice simulate connections": Case(r"runs, 0 violations", more=("--seeds", "1")),
+    "sluice simulate connections --list": Case(r"(?s)steady.*partition.*chaos"),
+    "sluice simulate connections --scenario partition --seeds 1000": Case(
+        r"3 runs, 0 violations", instead={"1000": "3"}
+    ),
+    "sluice simulate connections --scenario partition --seed 7 --verbose": Case(r"1 runs, 0 violations"),
+    "sluice simulate connections --scenario link --scale 170 --seeds 10": Case(
+        r"1 runs, 0 violations", instead={"10": "1"}
+    ),
+    "sluice simulate connections --scenario heavy-loss --seconds 3600 --seeds 1000 --json": Case(
+        r'"violations": 0', instead={"3600": "60", "1000": "2"}
+    ),
+    # Thresholds are for the default controller: a second on a busy machine need not reach them.
+    "sluice lab flow": Case(
+        r"(?s)codel: .*simulated.*0 missing",
+        more=("--scenario", "codel", "--controller", "newreno", "--seconds", "1"),
+    ),
+    "sluice lab flow --scenario loss --controller cubic --seconds 10": Case(
+        r"(?s)loss: .*simulated.*0 missing", more=("--seconds", "1")
+    ),
+    "sluice lab flow --scenario codel --controller newreno --mode mmsg --json": Case(
+        r'"mode": "mmsg"', more=("--seconds", "1")
+    ),
+    "sluice peers hold 192.0.2.7 --rate 500": served(
+        r"192\.0\.2\.7: at most 500 packets/s, 50 at once, for 60 s\n"
+    ),
+    "sluice peers hold 192.0.2.7 --rate 500 --burst 20 --seconds 600": served(
+        r"192\.0\.2\.7: at most 500 packets/s, 20 at once, for 600 s\n"
+    ),
+    "sluice peers --held": served(r"192\.0\.2\.7 .* 500/s, \d+ s more\n"),
+    "sluice peers release 192.0.2.7": served(r"192\.0\.2\.7: released\n"),
+    # docs/connections.md; what programs tell is shown by tests/unit/test_connection_publisher.py,
+    "sluice connections": Case(NOBODY),
+    "sluice connections --watch": Case(NOBODY, ends=False),
+    "sluice connections --health unhealthy --health dead": Case(NOBODY),
+    "sluice connections --endpoint 192.0.2.7 --json": Case(r'"programs": '),
+    "sluice connections --connection 17": Case(NOBODY),
+    "sluice bench connections": Case(
+        r"sluice lookup", more=("--only", "calls", "--connections", "100", "--rounds", "1")
+    ),
+    "sluice bench connections --cycles --minutes 10": Case(
+        r"(?s)a live connection.*connects and disconnects",
+        more=("--only", "calls", "--connections", "100", "--rounds", "1", "--minutes", "0.05"),
+    ),
+    # Thresholds of time are no test of a busy machine: die waits for one that is long.
+    "sluice lab connections": Case(r"(?s)known dead after.*holds", more=(*FEW, "--trial", "die")),
+    "sluice lab connections --quick": Case(r"(?s)known dead after.*holds", more=(*FEW, "--trial", "die")),
+    "sluice lab connections --trial cut --trial kill --mode mmsg --json": Case(
+        r'"mode": "mmsg"', more=FEW, instead={"cut": "blackhole", "kill": "die"}
+    ),
+    # docs/internals.md,
+    "sluice lab vm": Case(r"(?s)virtio: .*igb: .*test_paths", more=("--plan",)),
     # docs/troubleshooting.md.
     "sluice status -v": served(r"verdicts?"),
     "sluice map dump rules": served(r"tpu-vote"),
@@ -128,6 +210,7 @@ CASES: dict[str, Case] = {
     "sluice map get rules SERVICE/CLASS/KIND": served(
         r"votes", **{"SERVICE/CLASS/KIND": "tpu-vote/staked/other"}
     ),
+    "sluice peers release ADDRESS": served(r"192\.0\.2\.7: (released|was not held)\n", ADDRESS="192.0.2.7"),
     "sluice peers --class CLASS": served(r"10\.81\.0\.2", CLASS="staked"),
     "nsenter --net=/run/netns/NAME sluice status": served(
         r"interface\s+eth1 ",

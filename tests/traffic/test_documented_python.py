@@ -55,10 +55,40 @@ def test_no_example_is_left_out() -> None:
     found = {
         str(path.relative_to(ROOT)) for path in DOCUMENTS for one in blocks(path) if one.language == "python"
     }
-    assert found == {"README.md", "docs/api.md", "docs/performance.md"}
+    elsewhere = {"docs/connections.md"}  # tests/unit/test_connection_*.py run its blocks
+    assert found == {"README.md", "docs/api.md", "docs/flow.md", "docs/performance.md"} | elsewhere
     assert len(code_blocks("README.md", "python")) == len(code_blocks("docs/performance.md", "python")) == 1
     examples = {path.name for path in (ROOT / "docs" / "examples").glob("*.py")}
-    assert examples == {"asyncio_echo.py", "busy_thread.py", "owner_client.py", "receive.py"}
+    assert examples == {"asyncio_echo.py", "busy_thread.py", "owner_client.py", "receive.py", "workers.py"}
+
+
+def test_flow(readers: Machine, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """docs/flow.md, in order: a batch manager, a peer that is held, and a door that holds it."""
+    process = readers.start(["sluice", "up", "eth1", "policy.toml"])
+    read_until(process, "serving")
+    names: dict[str, Any] = {"__name__": "documented"}
+    with readers.lab.server.enter():
+        for block in code_blocks("docs/flow.md", "python"):
+            if "userspace.simulation" in block.text:  # tests/unit/test_simulation_network.py runs that one
+                continue
+            exec(_compiled(block, tmp_path), names)
+        said = capsys.readouterr().out
+        assert re.search(
+            r"IPv4Address\('10\.81\.0\.2'\): Held\(packets_per_second=500, burst=50, seconds=2\d", said
+        )
+        assert "PeerCounts(packets=0, bytes=0, drops=0)" in said
+        first = "10 arrived, [] lost; round trip 0.04\n10 sent, 2 wait\n10 acknowledged, 2 more sent\n"
+        assert said.startswith(first)
+        door, peers = names["Door"](patience=0), ["10.81.0.2", "192.0.2.7"]
+        with names["PeerHolds"].open(names["inventory"].find("eth1").map) as holds:
+            names["look"](door, holds, peers, 1.0, 10)
+            readers.send(50)
+            until(lambda: holds.counts(peers)[IPv4Address("10.81.0.2")].packets == 50, "all counted")
+            until(lambda: names["look"](door, holds, peers, 1.0, 10) or door.held, "a look that counts")
+            assert [*holds.held()] == [*door.held] == [IPv4Address("10.81.0.2")]
+            names["look"](door, holds, peers[1:], 1.0, 10)
+            assert holds.held() == door.held == {}
+    assert interrupt(process)[0] == 0
 
 
 class TestApi:
@@ -88,11 +118,12 @@ class TestApi:
             assert done == set(self.CHECKS)
             assert not here.carries_program()
             got = [_all(sock) for sock in clients]
-            sent = [b"one", b"two", bytes(1472), b"a shred", b"a vote"]
-            answers = (b"DONE", b"SEEN", b"ECHO")
+            frames = [b"frame 0", b"frame 1", b"frame 2", b"a header, a body"]
+            sent = [b"one", b"two", bytes(1472), b"a shred", *frames, b"a vote"]
+            answers = (b"DONE", b"PASS", b"SEEN", b"ECHO")
             assert [one for one in got[0] if not one.startswith(answers)] == sent
             assert names["there"].payload_maximum == 1472
-            counts = (names["answered"], names["seen"], names["served"].sent)
+            counts = (names["answered"], names["forwarded"], names["seen"], names["served"].sent)
             for answer, count in zip(answers, counts, strict=True):
                 sent_back = sum(one.startswith(answer) for found in got for one in found)
                 assert 0 < sent_back <= count, "those over IPv6 arrive elsewhere"
@@ -148,6 +179,17 @@ class TestApi:
         assert names["sent"] in {2, 3}
 
     @staticmethod
+    def _written(names: dict[str, Any], said: str) -> None:
+        assert said == "3 sent, 0 left\n"
+        assert names["zero"].statistics().held == 0
+
+    @staticmethod
+    def _forwarded(names: dict[str, Any], said: str) -> None:
+        assert names["forwarded"] > 0
+        assert names["pieces"] == 1
+        assert re.fullmatch(r"b'VOTE' from lane [01]\n", said)
+
+    @staticmethod
     def _batched(names: dict[str, Any], said: str) -> None:
         assert re.fullmatch(r"[1-9]\d* received\n2 sent, [12]\.0 in a batch\n", said)
         assert names["totals"].waiting == 0
@@ -178,9 +220,10 @@ class TestApi:
 
     @staticmethod
     def _controlled(names: dict[str, Any], said: str) -> None:
-        first, second, third = said.splitlines()
+        first, second, held, third = said.splitlines()
         assert first.split()[0] == "2"
         assert re.match(r"\d+ {", second)
+        assert re.match(r"{IPv4Address\('10\.81\.0\.2'\): Held\(packets_per_second=500, burst=50, ", held)
         assert third == "steer votes"
         assert names["link"].fd == -1
 
@@ -194,6 +237,8 @@ class TestApi:
         "kept = bytes(view)": _copied,
         "except BufferError": _held,
         "lanes.send(": _sent,
+        "ZeroCopyUDP(lanes, port=8005)": _written,
+        "zero.forward(": _forwarded,
         "UDPBatchManager(lanes": _batched,
         "lanes.send_back(batch)": _answered,
         '.lane("votes")': _looked,
@@ -278,6 +323,18 @@ class TestExamples:
                 assert client.recv(100) == b"VOTE %d" % number
         assert interrupt(process) == (0, "20 answered\n")
         assert not readers.carries_program()
+
+    def test_workers(self, readers: Machine) -> None:
+        process = readers.start(["python", "docs/examples/workers.py", "policy.toml", "2"])
+        assert read_until(process, r"\n") == "2 workers\n"
+        with readers.lab.client.enter():
+            client = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        with client:
+            client.settimeout(SECONDS)
+            for number in range(20):
+                client.sendto(b"VOTE %d" % number, (str(readers.lab.server.ipv4), PORT))
+                assert client.recv(100) == b"VOTE %d" % number
+        assert interrupt(process) == (0, "{'votes': 20, 'bulk': 0}\n")
 
     def test_owner_client(self, readers: Machine) -> None:
         """As an ordinary user."""

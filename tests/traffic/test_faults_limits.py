@@ -76,7 +76,7 @@ def probe(
     said: dict[str, Any] = found["said"]
     if "error" in said:
         assert "\n" not in said["message"]
-        assert said["hint"]
+        assert said["hint"], said
     return said
 
 
@@ -92,7 +92,9 @@ class TestWithoutPrivileges:
         assert said["mode"] == "mmsg"
         refused = {one["mode"]: one["reason"] for one in said["refused"]}
         assert list(refused) == ["native-zero-copy", "native-copy", "generic-copy"]
-        assert all("permitted" in reason for reason in refused.values())
+        # What is tried first, and so what is said, depends on whether a BPF file system is mounted.
+        for reason in refused.values():
+            assert "not permitted" in reason or "may not be written" in reason
 
 
 class TestLockedMemory:

@@ -79,7 +79,7 @@ class UdpCounter:
 
         os.environ.setdefault("BCC_KERNEL_SOURCE", str(kernel_source()))
         self.module = BPF(text=COUNTER, cflags=["-Wno-macro-redefined"])
-        host._set_program(os.dup(self.module.load_func("count_udp", BPF.XDP).fd))
+        host.attach(os.dup(self.module.load_func("count_udp", BPF.XDP).fd))
 
     def take(self) -> tuple[int, int]:
         """Packets and bytes since the last call."""
@@ -395,7 +395,7 @@ class TestContents:
         }
         """
         module = BPF(text=text, cflags=["-Wno-macro-redefined"])
-        lab.server._set_program(os.dup(module.load_func("spoil", BPF.XDP).fd))
+        lab.server.attach(os.dup(module.load_func("spoil", BPF.XDP).fd))
         payload = shred_payload("data")
         self.run(
             generator, Stream([Template(frame(lab, payload), stamp=SHRED_STAMP)], rate=20_000, count=4_000)

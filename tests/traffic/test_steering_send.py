@@ -47,6 +47,8 @@ def client_socket(served: Served) -> Iterator[socket.socket]:
     with sock:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         sock.bind(("::", PORT))
+        # A card's driver may take a page for each packet, and the buffer's limit counts these.
+        sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 8 << 20)
         sock.settimeout(SECONDS)
         yield sock
 

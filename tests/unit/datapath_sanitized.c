@@ -13,54 +13,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "abi.h"
-#include "batch.h"
 #include "checksum.h"
-#include "headers.h"
-#include "queue_private.h"
-#include "sanitized.h"
-
-static struct sl_destination any_destination(void)
-{
-	struct sl_destination d;
-
-	fill_random(&d, sizeof(d));
-	d.family = draw(2) ? 4 : 6;
-	d.vlan = (int32_t)draw(4096) - 1;
-	d.flow_label &= 0xfffff;
-	d.mtu = 1280 + draw(300);
-	d.source_mac[0] &= 0xfe;
-	d.destination_mac[0] &= 0xfe;
-	/* addresses that may be answered */
-	d.source[0] = 10 + draw(20);
-	d.destination[0] = 10 + draw(20);
-	return d;
-}
-
-/* A frame of the given room, built or random; returns its length. */
-static uint32_t any_frame(uint8_t *frame, uint32_t room)
-{
-	struct sl_destination d = any_destination();
-	struct sl_template built;
-	uint8_t payload[1600];
-	uint32_t length, i, changes;
-
-	EXPECT(!sl_template_init(&built, &d));
-	length = draw(room - SL_TEMPLATE_SIZE < built.payload_maximum ? room - SL_TEMPLATE_SIZE :
-									built.payload_maximum);
-	fill_random(payload, length);
-	length = sl_template_build(&built, frame, payload, length, sl_sum(payload, length, 0));
-	check_udp(frame, length);
-	/* change a few bytes, mostly of the headers */
-	changes = draw(4);
-	for (i = 0; i < changes; i++)
-		frame[draw(draw(4) ? (length < 70 ? length : 70) : length)] = draw(256);
-	/* the interesting protocols more often than by chance */
-	if (draw(8) == 0)
-		frame[built.ip + (d.family == 4 ? 9 : 6)] =
-			(const uint8_t[]){ 0, 43, 44, 51, 60, 17 }[draw(6)];
-	return draw(4) ? length : draw(length + 1);
-}
+#include "sanitized_frames.h"
 
 static void check_headers(uint32_t rounds)
 {
@@ -113,205 +67,118 @@ static void check_sums(uint32_t rounds)
 	}
 }
 
-/*
- * What the kernel does.  Frames that it took from the fill ring and could not
- * deliver stay in its hands, as those of a full receive ring do.
- */
-#define LANES 3
-#define RING 16
-#define QUOTA 24
-#define RESERVE 8
-#define FILL_FRAMES (LANES * (RING + QUOTA) + RESERVE)
-#define FILL_RING 256
-#define TRANSMIT_FRAMES 24
-#define TRANSMIT_RING 16
-#define COMPLETION_RING 64
-#define FRAME_SIZE 2048
-
-struct ring_memory {
-	uint32_t producer, consumer, flags;
-	struct xdp_desc entries[FILL_RING];
-};
-
-struct kernel {
-	struct ring_memory fill, completion, transmit, receive[LANES];
-	uint64_t hands[FILL_FRAMES];
-	uint32_t in_hands;
-	uint64_t wire[FILL_FRAMES + TRANSMIT_FRAMES];
-	uint32_t on_wire;
-	uint32_t fill_known, fill_taken; /* of the fill ring; the shared indices lag behind */
-	uint64_t dropped[LANES];
-};
-
-static void join_producer(struct xsk_ring_prod *ring, struct ring_memory *memory, uint32_t size)
+static void any_packet(struct sl_queue *queue, struct kernel *kernel)
 {
-	ring->mask = size - 1;
-	ring->size = size;
-	ring->producer = &memory->producer;
-	ring->consumer = &memory->consumer;
-	ring->flags = &memory->flags;
-	ring->ring = memory->entries;
-	ring->cached_prod = memory->producer;
-	ring->cached_cons = memory->consumer + size;
+	if (queue->longest && draw(3) == 0)
+		deliver_pieces(queue, kernel, draw(LANES), 2 + draw(PIECES - 1));
+	else
+		deliver(queue, kernel, draw(LANES));
 }
 
-static void join_consumer(struct xsk_ring_cons *ring, struct ring_memory *memory, uint32_t size)
+static uint64_t place_of(const struct sl_batch *batch, uint32_t i)
 {
-	ring->mask = size - 1;
-	ring->size = size;
-	ring->producer = &memory->producer;
-	ring->consumer = &memory->consumer;
-	ring->flags = &memory->flags;
-	ring->ring = memory->entries;
-	ring->cached_prod = memory->consumer;
-	ring->cached_cons = memory->consumer;
+	return batch->chained ? sl_chain_place(batch->owner, batch->addresses[i]) :
+				batch->addresses[i];
 }
 
-static struct sl_queue *make_queue(struct kernel *kernel)
+static void receive_all(struct sl_queue *queue, struct sl_batch *batch)
 {
-	struct sl_queue *queue = calloc(1, sizeof(*queue));
-	uint64_t *fill = (uint64_t *)kernel->fill.entries;
+	while (sl_queue_receive(queue, batch, 64) > 0)
+		EXPECT(!sl_queue_release(batch));
+}
+
+/* Everything but echoes was released. */
+static void check_ends(struct sl_queue *queue, struct kernel *kernel, struct sl_batch *batch)
+{
+	struct ring_memory *ring = &kernel->receive[1];
+	struct sl_batch *others = sl_batch_new(64);
+	uint64_t too_long;
 	uint32_t i;
 
-	/* The kernel's wish to be woken stays unsaid, so there are no system calls. */
+	while (kernel->on_wire || kernel->transmit.producer != kernel->transmit.consumer) {
+		transmit(queue, kernel);
+		complete(kernel);
+		sl_queue_reap(queue);
+	}
+	receive_all(queue, batch);
+	for (i = 0; i < LANES; i++)
+		EXPECT(queue->lane[i].slots_free == QUOTA / 2);
 	for (i = 0; i < FILL_FRAMES; i++)
-		fill[i] = (uint64_t)i * FRAME_SIZE;
-	kernel->fill.producer = FILL_FRAMES;
-	queue->area_size = (FILL_FRAMES + TRANSMIT_FRAMES) * (uint64_t)FRAME_SIZE;
-	queue->area = calloc(1, queue->area_size);
-	queue->frame_shift = 11;
-	queue->fill_frames = FILL_FRAMES;
-	queue->cookie = 0x5eed;
-	queue->lanes = LANES;
-	join_producer(&queue->fill, &kernel->fill, FILL_RING);
-	join_producer(&queue->transmit, &kernel->transmit, TRANSMIT_RING);
-	join_consumer(&queue->completion, &kernel->completion, COMPLETION_RING);
-	for (i = 0; i < LANES; i++) {
-		join_consumer(&queue->lane[i].rx, &kernel->receive[i], RING);
-		queue->lane[i].fd = -1;
-		queue->lane[i].number = i * 2;
-		queue->lane[i].quota = QUOTA;
-		queue->lane[i].share = 65536 / 10;
+		EXPECT(queue->pieces[i].next == SL_LAST_PIECE);
+
+	/* Without its end a packet is not there; with it, it is, and never in two batches. */
+	deliver(queue, kernel, 1);
+	deliver_pieces(queue, kernel, 1, 4);
+	ring->producer -= 2;
+	EXPECT(sl_queue_receive(queue, batch, 64) == 1);
+	EXPECT(!sl_queue_release(batch));
+	EXPECT(sl_queue_receive(queue, batch, 64) == 0);
+	ring->producer += 2;
+	EXPECT(sl_queue_receive(queue, batch, 1) == 1 && batch->chained == 1);
+	sl_queue_columns(batch);
+	check_gathered(queue, batch);
+	EXPECT(!sl_queue_release(batch));
+
+	/* One that no slot is large enough for is given back at once; the next one is received. */
+	too_long = queue->lane[1].too_long;
+	deliver_pieces(queue, kernel, 1, 2);
+	for (i = 0; i < 2; i++)
+		ring->entries[(ring->producer - 2 + i) & (RING - 1)].len = ROOM;
+	queue->longest = 2 * ROOM - 1;
+	deliver(queue, kernel, 1);
+	EXPECT(sl_queue_receive(queue, batch, 64) == 1 && batch->chained == 0);
+	EXPECT(queue->lane[1].too_long == too_long + 1);
+	queue->longest = LONGEST;
+	EXPECT(!sl_queue_release(batch));
+
+	/* One that needs more than is left of the quota waits, and wakes nobody until there is room. */
+	for (i = 0; i < QUOTA - 3; i++) {
+		deliver(queue, kernel, 1);
+		if (i == 10)
+			EXPECT(sl_queue_receive(queue, others, 64) == 11);
 	}
-	EXPECT(!sl_queue_begin(queue, TRANSMIT_FRAMES));
-	return queue;
+	EXPECT(sl_queue_receive(queue, batch, 64) == QUOTA - 3 - 11);
+	deliver_pieces(queue, kernel, 1, 4);
+	EXPECT(!queue->lane[1].muted);
+	EXPECT(sl_queue_receive(queue, batch, 64) == 0 && queue->lane[1].muted);
+	check_frames(queue, kernel);
+	EXPECT(!sl_queue_release(others) && !queue->lane[1].muted);
+	EXPECT(sl_queue_receive(queue, others, 64) == 1 && others->chained == 1);
+	EXPECT(!sl_queue_release(others) && !sl_queue_release(batch));
+	sl_batch_free(others);
+	check_frames(queue, kernel);
 }
 
-/* As late as it pleases, the kernel says which entries of the fill ring it has taken. */
-static void tell_fill(struct kernel *kernel)
+/* A packet that fills a ring and does not end: the queue stops, as for any nonsense. */
+static void check_endless(void)
 {
-	kernel->fill.consumer = kernel->fill_taken;
-}
+	struct kernel *kernel = calloc(1, sizeof(*kernel));
+	struct sl_queue *queue = make_queue(kernel, LONGEST);
+	struct sl_batch *batch = sl_batch_new(64);
 
-static uint64_t take_fill(struct kernel *kernel)
-{
-	uint64_t *fill = (uint64_t *)kernel->fill.entries;
-
-	if (kernel->in_hands)
-		return kernel->hands[--kernel->in_hands];
-	if (kernel->fill_taken == kernel->fill_known) {
-		tell_fill(kernel);
-		kernel->fill_known = kernel->fill.producer;
-	}
-	EXPECT(kernel->fill_taken != kernel->fill_known); /* the promise: never dry */
-	return fill[kernel->fill_taken++ & (FILL_RING - 1)];
-}
-
-static void deliver(struct sl_queue *queue, struct kernel *kernel, uint32_t lane)
-{
-	struct ring_memory *ring = &kernel->receive[lane];
-	uint64_t frame = take_fill(kernel), address = frame + 256;
-	struct xdp_desc *desc;
-	uint32_t length;
-
-	EXPECT(frame % FRAME_SIZE == 0);
-	if (ring->producer - ring->consumer == RING) {
-		kernel->dropped[lane]++;
-		kernel->hands[kernel->in_hands++] = frame;
-		return;
-	}
-	length = any_frame(queue->area + address, FRAME_SIZE - 256);
-	if (draw(2)) {
-		struct sluice_meta meta;
-
-		fill_random(&meta, sizeof(meta));
-		if (draw(8))
-			meta.cookie = queue->cookie;
-		memcpy(queue->area + address - sizeof(meta), &meta, sizeof(meta));
-	}
-	desc = &ring->entries[ring->producer & (RING - 1)];
-	desc->addr = address;
-	desc->len = length;
-	ring->producer++;
-}
-
-static void transmit(struct sl_queue *queue, struct kernel *kernel)
-{
-	struct ring_memory *ring = &kernel->transmit;
-	struct xdp_desc *desc;
-
-	if (ring->producer == ring->consumer)
-		return;
-	desc = &ring->entries[ring->consumer++ & (TRANSMIT_RING - 1)];
-	if (desc->addr >= FILL_FRAMES * (uint64_t)FRAME_SIZE) /* built, not echoed */
-		check_udp(queue->area + desc->addr, desc->len);
-	kernel->wire[kernel->on_wire++] = desc->addr;
-}
-
-static void complete(struct kernel *kernel)
-{
-	struct ring_memory *ring = &kernel->completion;
-	uint64_t *entries = (uint64_t *)ring->entries;
-	uint32_t which;
-
-	if (!kernel->on_wire || ring->producer - ring->consumer == COMPLETION_RING)
-		return;
-	which = draw(kernel->on_wire); /* in any order */
-	entries[ring->producer++ & (COMPLETION_RING - 1)] = kernel->wire[which];
-	kernel->wire[which] = kernel->wire[--kernel->on_wire];
-}
-
-/* Each frame is in one place, and every place that can be looked into agrees. */
-static void check_frames(struct sl_queue *queue, struct kernel *kernel)
-{
-	struct sl_frames kept, counted;
-	uint32_t i, sum, seen = 0, echoes[LANES] = { 0 };
-
-	for (i = 0; i < FILL_FRAMES; i++) {
-		if ((queue->state[i] & ~SL_LANE_BITS) == SL_TRANSMIT)
-			echoes[queue->state[i] & SL_LANE_BITS]++;
-	}
-	sl_queue_frames(queue, &kept);
-	sl_queue_recount(queue, &counted);
-	EXPECT(!memcmp(&kept, &counted, sizeof(kept)));
-	sum = kept.free + kept.kernel + kept.transmit;
-	for (i = 0; i < LANES; i++) {
-		sum += kept.application[i];
-		EXPECT(queue->lane[i].held == kept.application[i] + echoes[i]);
-		EXPECT(queue->lane[i].held <= QUOTA);
-		EXPECT(queue->lane[i].muted == (queue->lane[i].held == QUOTA));
-		seen += kernel->receive[i].producer - kernel->receive[i].consumer;
-	}
-	EXPECT(sum == kept.total);
-	seen += kernel->fill.producer - kernel->fill_taken + kernel->in_hands;
-	EXPECT(seen == kept.kernel);
-	EXPECT(kept.transmit == kernel->on_wire + kernel->transmit.producer -
-					kernel->transmit.consumer + kernel->completion.producer -
-					kernel->completion.consumer);
-	EXPECT(!queue->broken);
+	deliver_pieces(queue, kernel, 0, RING);
+	kernel->receive[0].entries[RING - 1].options = CONTINUED;
+	EXPECT(sl_queue_receive(queue, batch, 64) == 0 && queue->broken);
+	EXPECT(sl_queue_receive(queue, batch, 64) == -EPROTO);
+	sl_batch_free(batch);
+	free(queue->area);
+	sl_queue_free(queue);
+	free(kernel);
 }
 
 #define HELD 16 /* batches at a time */
 
-static void check_queue(uint32_t rounds)
+static void check_queue(uint32_t rounds, uint32_t longest)
 {
 	struct kernel *kernel = calloc(1, sizeof(*kernel));
-	struct sl_queue *queue = make_queue(kernel);
+	struct sl_queue *queue = make_queue(kernel, longest);
 	struct sl_batch *held[HELD] = { NULL }, *copy = sl_batch_new(64);
 	uint8_t payload[1200 * 8];
 	uint32_t lengths[8], same[8] = { 0 }, bad, i;
 	struct sl_template built[8], *to[8];
-	uint64_t received = 0, echoed = 0, sent = 0;
+	uint64_t received = 0, echoed = 0, sent = 0, jumbo = 0, owned = 0, pieced = 0;
+	uint64_t forwarded = 0;
+	struct own own[4] = { 0 }, *mine;
 
 	for (i = 0; i < 8; i++) {
 		struct sl_destination d = any_destination();
@@ -324,11 +191,12 @@ static void check_queue(uint32_t rounds)
 		uint32_t slot = draw(HELD), count;
 		int result;
 
-		switch (draw(8)) {
+		mine = &own[slot % 4];
+		switch (draw(12)) {
 		case 0:
 		case 1:
 			for (count = draw(12); count; count--)
-				deliver(queue, kernel, draw(LANES));
+				any_packet(queue, kernel);
 			if (draw(64) == 0)
 				tell_fill(kernel);
 			break;
@@ -350,21 +218,27 @@ static void check_queue(uint32_t rounds)
 			sl_queue_sources(held[slot]);
 			EXPECT(!sl_batch_gather(held[slot], draw(1500), 1 + draw(8)));
 			for (i = 0; i < (uint32_t)result; i++)
-				EXPECT((uint64_t)held[slot]->offsets[i] + held[slot]->lengths[i] <=
-				       held[slot]->addresses[i] + held[slot]->sizes[i]);
+				EXPECT(place_of(held[slot], i) + held[slot]->sizes[i] >=
+				       (uint64_t)held[slot]->offsets[i] + held[slot]->lengths[i]);
+			check_gathered(queue, held[slot]);
 			break;
 		case 3:
 		case 4:
 			if (!held[slot])
 				break;
+			check_gathered(queue, held[slot]);
+			jumbo += held[slot]->chained;
 			/* released twice: the second time nothing happens */
 			count = held[slot]->count;
 			memcpy(copy->addresses, held[slot]->addresses, count * sizeof(uint64_t));
 			memcpy(copy->lanes, held[slot]->lanes, count);
 			copy->owner = queue;
 			copy->count = count;
-			if (draw(2)) {
+			i = draw(3);
+			if (i == 0) {
 				EXPECT(!sl_queue_release(held[slot]));
+			} else if (i == 1) {
+				forwarded += forward(queue, kernel, held[slot], to);
 			} else {
 				result = sl_queue_echo(held[slot], draw(2));
 				EXPECT(result >= 0 && (uint32_t)result <= count);
@@ -399,19 +273,44 @@ static void check_queue(uint32_t rounds)
 			if (draw(2))
 				sl_queue_reap(queue);
 			break;
+		case 8:
+			if (!mine->count)
+				write_own(queue, mine);
+			break;
+		case 9:
+			owned += send_own(queue, kernel, mine, to);
+			break;
+		case 10:
+			pieced += send_pieces(queue, kernel, to);
+			break;
+		case 11:
+			i = draw(mine->count + 1);
+			mine->count -= i;
+			EXPECT(!sl_queue_unreserve(queue, mine->offsets + mine->count, i));
+			if (i)
+				EXPECT(sl_queue_unreserve(queue, mine->offsets + mine->count, 1) ==
+				       -EINVAL);
+			break;
 		}
 		check_frames(queue, kernel);
 	}
-	EXPECT(received && echoed && sent);
+	EXPECT(received && echoed && sent && owned && pieced && forwarded && !jumbo == !longest);
+	for (i = 0; i < HELD; i++) {
+		if (held[i])
+			EXPECT(!sl_queue_release(held[i]));
+	}
+	for (i = 0; i < 4; i++)
+		EXPECT(!sl_queue_unreserve(queue, own[i].offsets, own[i].count));
+	if (longest) {
+		check_ends(queue, kernel, copy);
+		check_jumbo_forward(queue, kernel, copy);
+	}
 	/* A frame that the kernel never had. */
+	kernel->receive[0].entries[kernel->receive[0].producer & (RING - 1)].options = 0;
 	kernel->receive[0].entries[kernel->receive[0].producer & (RING - 1)].addr =
 		queue->area_size + 256;
 	if (kernel->receive[0].producer - kernel->receive[0].consumer < RING) {
 		kernel->receive[0].producer++;
-		for (i = 0; i < HELD; i++) {
-			if (held[i])
-				EXPECT(!sl_queue_release(held[i]));
-		}
 		while (kernel->on_wire || kernel->transmit.producer != kernel->transmit.consumer) {
 			transmit(queue, kernel);
 			complete(kernel);
@@ -423,8 +322,11 @@ static void check_queue(uint32_t rounds)
 		}
 		EXPECT(sl_queue_receive(queue, copy, 64) == -EPROTO);
 	}
-	printf("queue: %lu received, %lu echoed, %lu sent\n", (unsigned long)received,
-	       (unsigned long)echoed, (unsigned long)sent);
+	printf("queue: %lu received, %lu in several frames, %lu echoed, %lu sent, %lu in own "
+	       "frames, %lu from pieces, %lu forwarded\n",
+	       (unsigned long)received, (unsigned long)jumbo, (unsigned long)echoed,
+	       (unsigned long)sent, (unsigned long)owned, (unsigned long)pieced,
+	       (unsigned long)forwarded);
 	for (i = 0; i < HELD; i++)
 		sl_batch_free(held[i]);
 	sl_batch_free(copy);
@@ -443,6 +345,9 @@ int main(int argc, char **argv)
 	rounds = strtoul(argv[2], NULL, 0);
 	check_sums(rounds / 10);
 	check_headers(rounds);
-	check_queue(rounds);
+	check_heads(rounds / 10);
+	check_queue(rounds, 0);
+	check_queue(rounds, LONGEST);
+	check_endless();
 	return 0;
 }

@@ -250,7 +250,35 @@ static uint32_t take(int sender, const struct sl_batch *b)
 	return taken;
 }
 
-static void sockets(int family, uint32_t large, int deliver, uint32_t gro)
+#define PIECES 6 /* of one payload, at most */
+
+/* The same payloads, each put together from some pieces that lie where it lay. */
+static void in_pieces(struct sl_outgoing *out, struct sl_piece *piece, uint32_t *end)
+{
+	uint32_t n = 0;
+
+	for (uint32_t i = 0; i < out->count; i++) {
+		const uint8_t *at = out->base + out->offset[i];
+		uint32_t left = out->length[i], pieces = draw() % PIECES;
+
+		for (; pieces || left; n++) {
+			piece[n].base = at;
+			piece[n].length = pieces ? draw() % (left + 1) : left;
+			at += piece[n].length;
+			left -= piece[n].length;
+			pieces -= pieces > 0;
+		}
+		end[i] = n;
+	}
+	out->offset = NULL;
+	out->base = NULL;
+	out->piece = piece;
+	out->end = end;
+	out->most = PIECES;
+}
+
+/* lane: as if the kernel had chosen it for all datagrams; NO_LANE: they are classified. */
+static void sockets(int family, uint32_t large, int deliver, uint32_t gro, uint8_t lane)
 {
 	enum { HELD = 4 };
 	static uint8_t payload[70000];
@@ -276,6 +304,10 @@ static void sockets(int family, uint32_t large, int deliver, uint32_t gro)
 	m = sl_mmsg_new(&options, c, &error);
 	CHECK(m);
 	CHECK(!sl_mmsg_add(m, fd, to.port));
+	if (lane != SLUICE_NO_LANE) {
+		CHECK(sl_mmsg_set_lane(m, sender, lane) == (gro ? -EINVAL : -ENOENT));
+		CHECK(sl_mmsg_set_lane(m, fd, lane) == (gro ? -EINVAL : 0));
+	}
 	/* Knows of its socket that datagrams may share a message. */
 	options.gro = 0;
 	sends = sl_mmsg_new(&options, c, &error);
@@ -286,7 +318,14 @@ static void sockets(int family, uint32_t large, int deliver, uint32_t gro)
 	for (int round = 0; round < 400; round++) {
 		uint32_t offset[80], length[80], failed[80], n = draw() % 81;
 		uint32_t usual = draw() % 3 ? draw() % 600 : 0;
-		struct sl_outgoing out = { payload, offset, length, &to, n, 1, NULL };
+		struct sl_outgoing out = { .base = payload,
+					   .offset = offset,
+					   .length = length,
+					   .destination = &to,
+					   .count = n,
+					   .destinations = 1 };
+		struct sl_piece piece[80 * PIECES];
+		uint32_t end[80];
 		struct sl_send_result result = { 0 };
 		int32_t errors[80];
 		struct sl_batch *b = held[draw() % HELD];
@@ -300,6 +339,8 @@ static void sockets(int family, uint32_t large, int deliver, uint32_t gro)
 				length[i] = usual;
 			offset[i] = draw() % (sizeof(payload) - length[i] + 1);
 		}
+		if (draw() % 3 == 0)
+			in_pieces(&out, piece, end);
 		if (draw() % 4)
 			sl_mmsg_send_from(sends, 0, &out, 1000, failed, errors, &result);
 		else
@@ -374,10 +415,11 @@ int main(int argc, char **argv)
 	sl_classifier_free(c);
 	refuse();
 	for (uint32_t gro = 0; gro < 2; gro++) {
-		sockets(AF_INET, 4, 1, gro);
-		sockets(AF_INET6, 4, 0, gro);
-		sockets(AF_INET6, 0, 1, gro);
+		sockets(AF_INET, 4, 1, gro, SLUICE_NO_LANE);
+		sockets(AF_INET6, 4, 0, gro, SLUICE_NO_LANE);
+		sockets(AF_INET6, 0, 1, gro, 3);
 	}
+	sockets(AF_INET, 4, 1, 0, SLUICE_MAX_LANES - 1);
 	puts("all shown");
 	return 0;
 }

@@ -45,8 +45,8 @@ def add(q: BatchQueue, *payloads: bytes, to: Target = A, priority: int = 2, now:
         assert q.add(to, payload, priority, now)
 
 
-def taken(q: BatchQueue, reason: Reason) -> tuple[OutgoingBatch, list[bytes]]:
-    batch = q.take(reason)
+def taken(q: BatchQueue, reason: Reason, now: float = 0.0) -> tuple[OutgoingBatch, list[bytes]]:
+    batch = q.take(reason, now)
     return batch, [bytes(payload) for payload in batch.payloads]
 
 
@@ -82,7 +82,7 @@ def test_highest_first_also_when_a_lower_one_is_older() -> None:
     add(q, b"high 3", priority=0, now=TICK)
     assert q.due(TICK) is None
     assert q.due(TICK + RETRY) == "retry"
-    assert taken(q, "retry")[1] == [b"high 3", b"middle", b"low 1", b"low 2"]
+    assert taken(q, "retry", TICK + RETRY)[1] == [b"high 3", b"middle", b"low 1", b"low 2"]
 
 
 def test_what_fails_is_named_and_the_rest_is_sent() -> None:
@@ -119,7 +119,7 @@ def test_one_full_way_does_not_hold_up_the_others() -> None:
     assert payloads == [b"a2", b"a3", b"a4", b"c2"]
     q.settle(batch, TICK, calls=1, unsent={})
     assert q.due(TICK + RETRY) == "retry"
-    batch, payloads = taken(q, "retry")
+    batch, payloads = taken(q, "retry", TICK + RETRY)
     assert payloads == [b"b1", b"b2", b"b3"]
     q.settle(batch, TICK + RETRY, calls=1, unsent={})
     assert q.statistics().attempts == {"size": 2, "time": 0, "demand": 0, "retry": 1}
@@ -195,7 +195,7 @@ def test_all_is_given_up() -> None:
     assert q.statistics().failures == {errno.ENXIO: 3}
     assert q.statistics().balanced
     assert q.next_flush() is None
-    assert q.take("demand").slots == []
+    assert q.take("demand", 0.0).slots == []
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_sizes_and_delays_of_batches() -> None:
     q = queue()
     for count in (1, 2, 3, 4, 4):
         add(q, *[b"abc"] * count, now=1.0)
-        batch = q.take("demand")
+        batch = q.take("demand", 0.0)
         q.settle(batch, 1.0 + count * TICK, calls=2, unsent={})
     statistics = q.statistics()
     assert statistics.sizes == (1, 2, 2)

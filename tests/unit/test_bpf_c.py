@@ -74,6 +74,12 @@ def test_sizes_fit_together() -> None:
         assert size & (size - 1) == 0
     assert lib.SLUICE_STRANGER_ENTRIES == lib.SLUICE_STRANGER_SETS * lib.SLUICE_STRANGER_WAYS
     assert lib.SLUICE_STRANGER_ENTRIES == 2 * lib.SLUICE_MAX_STRANGERS
+    assert lib.SLUICE_MAX_KNOWN == lib.SLUICE_HOLD_LINES * lib.SLUICE_HOLD_MARKS
+    assert ffi.sizeof("struct sluice_hold_marks") == lib.SLUICE_HOLD_MARKS == CACHE_LINE
+    # The program takes interval and burst of a hold as one word.
+    assert ffi.offsetof("struct sluice_hold", "interval_ns") == 0
+    assert ffi.offsetof("struct sluice_hold", "until_ns") == 8
+    assert ffi.sizeof("struct sluice_counters") % CACHE_LINE == 0
     # The program takes generation, home, class and flag of a peer as one word.
     word = ffi.offsetof("struct sluice_peer", "generation")
     assert word % 8 == 0

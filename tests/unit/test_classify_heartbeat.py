@@ -120,6 +120,8 @@ def test_ipv4_checksum_is_right_for_every_header(identification: int, ttl: int) 
     ("frame", "why"),
     [
         (ETHER / V4 / PORTS / Raw(heartbeat(2)), "a reply"),
+        (ETHER / V4 / PORTS / Raw(heartbeat(3)), "an application's ping"),
+        (ETHER / V4 / PORTS / Raw(heartbeat(4)), "an application's pong"),
         (ETHER / V4 / PORTS / Raw(heartbeat(0)), "neither"),
         (ETHER / V4 / PORTS / Raw(heartbeat() + b"x"), "too long"),
         (ETHER / V4 / PORTS / Raw(heartbeat()[:31]), "too short"),

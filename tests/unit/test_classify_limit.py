@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xdp._libbpf import lib
-from xdp.classify_limit import Limit, PrefixTimestamps, StrangerTimestamps, Timestamps, next_tat
+from xdp.classify_limit import (
+    HoldTimestamps,
+    Limit,
+    PrefixTimestamps,
+    StrangerTimestamps,
+    Timestamps,
+    next_tat,
+)
 from xdp.tables import limit_ns
 
 SECOND = 1_000_000_000
@@ -82,6 +89,44 @@ def test_a_packet_over_the_limit_leaves_no_trace() -> None:
 def test_keys_have_limits_of_their_own() -> None:
     limit, timestamps = Limit(*limit_ns(1, 1)), Timestamps()
     assert [timestamps.over(key, limit, SECOND) for key in (b"a", b"b", b"a")] == [False, False, True]
+
+
+def through(holds: HoldTimestamps, key: bytes, now_ns: int, count: int = 10) -> int:
+    return sum(not holds.over(key, now_ns) for _ in range(count))
+
+
+def test_a_hold_begins_goes_on_and_ends() -> None:
+    holds, slow = HoldTimestamps(), Limit(SECOND, 2 * SECOND)
+    assert through(holds, b"a", 0) == 10  # not held
+    holds.set(b"a", slow, 100 * SECOND, SECOND)
+    assert (through(holds, b"a", SECOND), through(holds, b"b", SECOND)) == (3, 10)
+    holds.set(b"a", slow, 100 * SECOND, SECOND)
+    assert through(holds, b"a", SECOND) == 0  # renewed: no new burst
+    assert through(holds, b"a", 3 * SECOND) == 2
+    assert through(holds, b"a", 100 * SECOND) == 10  # over: its end is not in it
+    holds.set(b"a", slow, 200 * SECOND, 100 * SECOND)
+    assert through(holds, b"a", 100 * SECOND) == 3  # anew
+    holds.clear(b"a")
+    holds.clear(b"a")
+    assert through(holds, b"a", 100 * SECOND) == 10
+
+
+def test_what_a_slow_hold_has_used_up_does_not_keep_a_fast_one_waiting() -> None:
+    holds = HoldTimestamps()
+    holds.set(b"a", Limit(SECOND, 9 * SECOND), 100 * SECOND, 0)
+    assert through(holds, b"a", 0) == 10
+    holds.set(b"a", Limit(1000, 1000), 100 * SECOND, 0)  # two at once
+    assert through(holds, b"a", 999) == 0
+    assert through(holds, b"a", 1000) == 1
+    assert through(holds, b"a", 10_000) == 2
+
+
+def test_only_holds_of_who_stays_are_kept() -> None:
+    holds = HoldTimestamps()
+    for key in (b"a", b"b"):
+        holds.set(key, Limit(SECOND, 0), 100 * SECOND, 0)
+    holds.keep(lambda key: key == b"b")
+    assert (through(holds, b"a", 0), through(holds, b"b", 0)) == (10, 1)
 
 
 def test_strangers_least_recently_seen_are_forgotten_first() -> None:

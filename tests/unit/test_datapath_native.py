@@ -29,7 +29,8 @@ from xdp.errors import UsageError
 ROOT = Path(__file__).resolve().parents[2]
 NATIVE = ROOT / "userspace" / "native"
 PARTS = (
-    "batch", "checksum", "headers", "queue", "queue_receive", "queue_transmit", "rings", "umem", "xsk", "wait"
+    "batch", "busy_poll", "checksum", "headers", "queue", "queue_chain", "queue_forward", "queue_frames",
+    "queue_receive", "queue_transmit", "rings", "umem", "xsk", "wait",
 )  # fmt: skip
 
 OURS, THEIRS = "02:00:00:00:00:01", "02:00:00:00:00:02"

@@ -34,6 +34,7 @@ SECTIONS: dict[str, type[msgspec.Struct]] = {
     "companion": model.Companion,
     "owner": model.Owner,
     "interface": model.Interface,
+    "tuning": model.Tuning,
 }
 
 
@@ -94,7 +95,14 @@ AROUND: dict[str, tuple[str, dict[str, str]]] = {
 }
 
 #: Keys that need another one beside them.
-NEEDS = {"burst": "rate = 5", "peer_burst": "peer_rate = 5", "prefix_burst": "prefix_rate = 5"}
+NEEDS = {
+    "burst": "rate = 5",
+    "peer_burst": "peer_rate = 5",
+    "prefix_burst": "prefix_rate = 5",
+    "busy_poll_budget": "busy_poll = 5",
+    "prefer_busy_poll": "busy_poll = 5",
+    "napi_defer_hard_irqs": "gro_flush_timeout = 5",
+}
 
 
 def example_policy(heading: str, key: str, example: str) -> str:

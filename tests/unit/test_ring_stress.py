@@ -24,7 +24,7 @@ ADDRESSES = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 THREADS = ["-O1", "-fsanitize=thread"]
 
 #: What ring_stress runs of everything: a few seconds, of which ThreadSanitizer makes tens.
-ROUNDS = {"plain": 1500, "addresses": 500, "threads": 200}
+ROUNDS = {"plain": 600, "addresses": 250, "threads": 150}
 
 #: By letter of channel.h: an end of a line of channel.c, and whether to change its first or last place.
 BARRIERS = {

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from tests.unit.policy_texts import peer_class, policy
 from xdp._libbpf import ffi, lib
 from xdp.abi import pack_address, unpack_address
+from xdp.errors import UsageError
 from xdp.policy import Policy
-from xdp.tables import Tables, compile_policy, limit_ns
+from xdp.tables import MAX_HOLD_BURST, MAX_HOLD_RATE, Tables, compile_policy, hold_limit, limit_ns
 
 FULL = """
 version = 1
@@ -228,6 +229,24 @@ def test_limits_fit_and_are_never_above_the_rate(rate: int, burst: int) -> None:
     assert 1_000_000_000 / interval <= rate
     assert (interval - 1) * rate < 1_000_000_000
     assert tolerance == (burst - 1) * interval
+
+
+@given(st.integers(1, MAX_HOLD_RATE), st.integers(1, MAX_HOLD_BURST))
+def test_holds_fit_and_are_the_same_limit(rate: int, burst: int) -> None:
+    interval, more = hold_limit(rate, burst)
+    assert (interval, more * interval) == limit_ns(rate, burst)
+    made = ffi.new("struct sluice_hold *", {"interval_ns": interval, "burst": more})
+    assert (made.interval_ns, made.burst) == (interval, more)
+    # A timestamp that is as far ahead as the limit allows does not run over, 200 years after boot.
+    assert 200 * 365 * 86_400 * 10**9 + (more + 1) * interval < 1 << 64
+
+
+@pytest.mark.parametrize("rate", [0, -1, MAX_HOLD_RATE + 1, 1.0, True, None, "1"])
+def test_rates_that_nobody_is_held_at(rate: int) -> None:
+    with pytest.raises(UsageError, match=r"rate of a hold: .*; allowed: a whole number from 1 to 10,000,000"):
+        hold_limit(rate, 1)
+    with pytest.raises(UsageError, match=r"burst of a hold: .*; allowed: a whole number from 1 to 1,000,000"):
+        hold_limit(1, rate)
 
 
 def test_no_limit_is_zero() -> None:
