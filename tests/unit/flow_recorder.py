@@ -13,6 +13,7 @@ class Recorder:
     """A window of a fixed size; ``calls`` has (what, when, copies of the numbers)."""
 
     name = "recorder"
+    every_packet = True
 
     def __init__(self, now: float = 0.0, mtu: int = 1200, seed: int = 0) -> None:
         self.window = 1 << 30

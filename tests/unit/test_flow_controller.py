@@ -56,6 +56,22 @@ def test_the_window_closes_and_opens() -> None:
     assert flow.next_send_time(0.1, SIZE + 1) == math.inf
 
 
+@pytest.mark.parametrize("every", [True, False])
+def test_who_wants_to_hear_of_every_packet(every: bool) -> None:
+    """Else only of the first after silence, with the bytes that are on their way then."""
+    made = Window()
+    made.every_packet = every
+    flow = FlowController(0.0, congestion=lambda _now, _mtu, _seed: made)
+    heard: list[tuple[float, int]] = []
+    made.on_sent = lambda now, _, in_flight, **__: heard.append((now, in_flight))  # type: ignore[method-assign]
+    flow.on_packet_sent(1.0, 100)
+    flow.on_packet_sent(2.0, 200)
+    assert heard == ([(1.0, 100), (2.0, 300)] if every else [(1.0, 100)])
+    flow.on_ack_received(3.0, [(0, 1)])
+    flow.on_packet_sent(4.0, 300)
+    assert heard[-1] == (4.0, 300)
+
+
 def test_a_packet_larger_than_the_window_may_leave_alone() -> None:
     flow, made = controller()
     made.window = 2 * SIZE

@@ -309,6 +309,15 @@ class PacedLine(RuleBasedStateMachine):
         assert self.left <= self.earned + self.burst + slack
         assert 0 <= self.pacer.burst_allowed(self.now) <= self.burst
 
+    @invariant()
+    def a_full_packet_is_looked_ahead_for(self) -> None:
+        pacer = self.pacer
+        may = pacer.full_at <= self.now + pacer.granularity
+        if not math.isnan(pacer.full_at):
+            assert may == (pacer.release_time(self.now, pacer.mtu) == self.now)
+        if may:
+            assert pacer.release_time(self.now, 1) == self.now
+
 
 TestPacedLine = PacedLine.TestCase
 TestPacedLine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

@@ -83,6 +83,7 @@ class Bbr:
     )  # fmt: skip
 
     name: str = "bbr"
+    every_packet: bool = True
 
     def __init__(self, now: float, mtu: int = MAX_DATAGRAM_SIZE, seed: int = 0) -> None:
         self._now = checked_now(now)

@@ -2,7 +2,7 @@
 """What a congestion controller is told, and what it answers.
 
     FlowController                       Congestion
-      a packet leaves          ------->  on_sent
+      a packet leaves          ------->  on_sent       each, or the first after silence: every_packet
       an acknowledgement came  ------->  on_ack        an Ack: what is newly acknowledged, with a rate sample
       packets are lost         ------->  on_loss       a Loss
       a router marked them     ------->  on_ecn
@@ -94,6 +94,8 @@ class Congestion(Protocol):
     pacing_rate: float | None
     #: Bytes above which the window grows slowly; None before the first congestion (RFC 9002, B.2).
     ssthresh: int | None
+    #: Whether on_sent is for every packet; if not, it is for one that leaves while nothing is on its way.
+    every_packet: bool
 
     def on_sent(self, now: float, size: int, in_flight: int, *, app_limited: bool) -> None:
         """A packet has left; ``in_flight`` counts it."""

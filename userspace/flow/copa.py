@@ -92,6 +92,7 @@ class Copa:
     )  # fmt: skip
 
     name: str = "copa"
+    every_packet: bool = False
 
     def __init__(self, now: float, mtu: int = MAX_DATAGRAM_SIZE, seed: int = 0) -> None:  # noqa: ARG002  # CongestionFactory has it
         self._now = checked_now(now)

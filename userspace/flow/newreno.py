@@ -62,6 +62,7 @@ class NewReno:
     name: str = "newreno"
     #: None: the pacer computes it from the window (RFC 9002, 7.7).
     pacing_rate: float | None = None
+    every_packet: bool = False
     #: What a reduction leaves of the window (kLossReductionFactor, RFC 9002, B.1).
     beta: float = 0.5
 

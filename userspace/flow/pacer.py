@@ -54,13 +54,15 @@ class Pacer:
     __slots__ = (
         "_burst",
         "_depth",
-        "_granularity",
-        "_mtu",
+        "_full",
         "_per_byte",
         "_rate",
         "_since",
         "_start",
         "_used",
+        "full_at",
+        "granularity",
+        "mtu",
     )
 
     def __init__(
@@ -77,22 +79,29 @@ class Pacer:
             raise UsageError(f"granularity is seconds from 0 to 1, not {granularity!r}")
         if not mtu >= 1:
             raise UsageError(f"a full packet has bytes, 1 or more, not {mtu!r}")
-        self._mtu = mtu
-        self._granularity = granularity
+        self.mtu: Final = mtu
+        #: Seconds by which a packet may leave before its time.
+        self.granularity: Final = granularity
         self._since = now
-        self._used = 0  # bytes that left since then
+        self._used = 0.0  # bytes that left since then: whole ones, exact
         self._set(rate, burst)
         self._start: float = self._depth  # the level at that time, bytes
+        self._look_ahead()
 
     def _set(self, rate: float, burst: float) -> None:
-        self._rate, self._burst = rate, burst
+        self._rate, self._burst = float(rate), burst
         self._per_byte = 1 / rate if rate else _NEVER  # seconds; infinite also when it is next to nothing
-        if rate == _NEVER or not self._granularity:
+        if rate == _NEVER or not self.granularity:
             self._depth = burst
         else:
             # What leaves ahead of its time is part of the burst, not on top of it.
-            ahead = rate * self._granularity
-            self._depth = max(burst - ahead, ahead + self._mtu)
+            ahead = rate * self.granularity
+            self._depth = max(burst - ahead, ahead + self.mtu)
+        self._full = float(min(self._depth, self.mtu))
+
+    def _look_ahead(self) -> None:
+        #: When a full packet is due; NaN where only :meth:`release_time` can tell.
+        self.full_at = self._since + (self._full + self._used - self._start) * self._per_byte
 
     @property
     def rate(self) -> float:
@@ -113,7 +122,7 @@ class Pacer:
         if size < least:  # noqa: PLR1730 - min() would cost as much as all else here
             least = size
         at = self._since + (least + self._used - self._start) * self._per_byte
-        return at if at > now + self._granularity else now
+        return at if at > now + self.granularity else now
 
     def sent(self, now: float, size: int) -> None:
         """So many bytes have left, also if it was not their time (probes): then later ones wait for it.
@@ -122,14 +131,16 @@ class Pacer:
         """
         if not size >= 0:
             raise UsageError(f"a size is bytes, 0 or more, not {size!r}")
-        level = self._start + (now - self._since) * self._rate - self._used
-        if level < self._depth:
-            self._used += size
+        since, start, used = self._since, self._start, self._used
+        if start + (now - since) * self._rate - used < self._depth:
+            self._used = used = used + size
+            self.full_at = since + (self._full + used - start) * self._per_byte
             return
         check_time(now)  # here it is kept
         self._since = now
         self._start = self._depth
-        self._used = size
+        self._used = float(size)
+        self._look_ahead()
 
     def burst_allowed(self, now: float) -> int:
         """Bytes that may leave now, all together; UNLIMITED when nothing is paced.
@@ -139,9 +150,9 @@ class Pacer:
         check_time(now)
         if self._rate == _NEVER:
             return UNLIMITED
-        allowed = math.floor(max(0.0, min(self._level(now) + self._rate * self._granularity, UNLIMITED)))
+        allowed = math.floor(max(0.0, min(self._level(now) + self._rate * self.granularity, UNLIMITED)))
         if allowed and self.release_time(now, allowed) > now:  # rounded up, by what the time can't tell
-            unsure = 2 * math.ulp(abs(now) + self._granularity) * self._rate
+            unsure = 2 * math.ulp(abs(now) + self.granularity) * self._rate
             allowed = max(0, allowed - 1 - math.ceil(unsure))
         return allowed
 
@@ -170,7 +181,8 @@ class Pacer:
             level = max(level * (rate / before), -self._depth) if before > 0 and rate < _NEVER else 0.0
         self._start = min(level, self._depth)
         self._since = now
-        self._used = 0
+        self._used = 0.0
+        self._look_ahead()
 
     def __repr__(self) -> str:
         return f"<Pacer {self._rate:g} bytes/s, burst {self._burst:g}>"
