@@ -83,7 +83,7 @@ static __always_inline int choose_worker(struct sk_reuseport_md *context, u32 fi
 }
 
 /* What the policy says; sets the lane where it says one. */
-static __always_inline int decide(const struct frame *frame, const struct packet *packet,
+static __always_inline int decide(const struct frame *frame, struct packet *packet,
 				  struct decision *decision)
 {
 	int reason, probe = 0;
@@ -131,7 +131,7 @@ static __always_inline int classify(const struct frame *frame, struct packet *pa
 		return SLUICE_PASS_NOT_OURS;
 	if (is_impossible_source(packet))
 		return SLUICE_PASS_SOURCE;
-	decision->now = bpf_ktime_get_ns();
+	decision->now = coarse_time(packet);
 	decision->service = port->service;
 	peer_find(&decision->from, &packet->source, bank, cpu, decision->now, decision->row);
 	decision->class_id = peer_class(&decision->from, packet, number, bank, cpu);

@@ -32,8 +32,9 @@ BPF_XSKMAP(xsks, SLUICE_XSKS_SIZE);
  * Directly below the packet, where the reader of the frame finds it.  Metadata
  * that the driver has put there is written over: two pieces cannot lie there.
  */
-static __always_inline int write_metadata(struct xdp_md *ctx, const struct packet *packet,
-					  const struct decision *decision)
+static __always_inline int write_metadata(struct xdp_md *ctx, struct packet *packet,
+					  const struct decision *decision,
+					  const struct sluice_lane *lane)
 {
 	int there = (void *)(long)ctx->data - (void *)(long)ctx->data_meta;
 	struct sluice_meta *meta;
@@ -45,7 +46,7 @@ static __always_inline int write_metadata(struct xdp_md *ctx, const struct packe
 		return 0;
 	meta->cookie = SLUICE_COOKIE;
 	meta->peer = decision->from.id;
-	meta->time_ns = decision->now;
+	meta->time_ns = lane->timestamps ? exact_time(packet) : 0;
 	meta->payload_offset = packet->payload_offset;
 	meta->payload_length = packet->payload_length;
 	meta->lane = decision->lane;
@@ -56,13 +57,14 @@ static __always_inline int write_metadata(struct xdp_md *ctx, const struct packe
 }
 
 /* Hands the packet to its lane; returns the reason, and the action through *action. */
-static __always_inline int enter_lane(struct xdp_md *ctx, const struct packet *packet,
+static __always_inline int enter_lane(struct xdp_md *ctx, struct packet *packet,
 				      struct decision *decision, int *action)
 {
+	const struct sluice_lane *lane =
+		&decision->policy->lane[decision->lane & (SLUICE_MAX_LANES - 1)];
 	u32 queue = ctx->rx_queue_index;
 
-	if (decision->policy->lane[decision->lane & (SLUICE_MAX_LANES - 1)].end ==
-	    SLUICE_END_KERNEL)
+	if (lane->end == SLUICE_END_KERNEL)
 		return decision->demoted ? SLUICE_PASS_DEMOTED : SLUICE_PASS_LANE;
 	if (queue >= SLUICE_MAX_QUEUES)
 		return SLUICE_PASS_NO_SOCKET;
@@ -71,15 +73,14 @@ static __always_inline int enter_lane(struct xdp_md *ctx, const struct packet *p
 		return SLUICE_PASS_NO_SOCKET;
 	*action = XDP_REDIRECT;
 	/* Not before: in the kernel nobody reads it, and it would keep GRO from merging. */
-	if (!write_metadata(ctx, packet, decision))
+	if (!write_metadata(ctx, packet, decision, lane))
 		decision->row->metadata_refused++;
 	return decision->demoted ? SLUICE_STEER_DEMOTED : SLUICE_STEER;
 }
 
 /* A packet of one of our services: returns the reason, sets lane and *action. */
 static __always_inline int decide(struct xdp_md *ctx, const struct frame *frame,
-				  const struct packet *packet, struct decision *decision,
-				  int *action)
+				  struct packet *packet, struct decision *decision, int *action)
 {
 	int reason, probe;
 
@@ -179,7 +180,7 @@ int sluice_steer(struct xdp_md *ctx)
 		bpf_htonl(0x0a000000 | (bpf_get_prandom_u32() & (SLUICE_BENCH_RANDOM_PEERS - 1)));
 #endif
 
-	decision.now = bpf_ktime_get_ns();
+	decision.now = coarse_time(packet);
 	decision.service = port->service;
 	peer_find(&decision.from, &packet->source, bank, cpu, decision.now, decision.row);
 	decision.class_id = peer_class(&decision.from, packet, number, bank, cpu);

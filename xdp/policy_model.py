@@ -63,6 +63,7 @@ class Lane(Struct, frozen=True, kw_only=True):
     over: Over = "drop"
     demote: str | None = None
     end: End = "socket"
+    timestamps: bool = False
     share: float
     ring: int
     quota: int

@@ -47,7 +47,7 @@ def read_lane(place: Place, value: object, rings: model.Rings) -> model.Lane:
     name = table.name("name")
     end = cast("model.End", table.choice("end", ("socket", "kernel"), "socket"))
     if end == "kernel":
-        for key in ("share", "ring", "quota"):
+        for key in ("timestamps", "share", "ring", "quota"):
             if key in table:
                 raise table.at(key).error('a lane with end = "kernel" has no ring of its own; leave this out')
     rate, burst = _limit(table, "rate", "burst")
@@ -64,6 +64,7 @@ def read_lane(place: Place, value: object, rings: model.Rings) -> model.Lane:
         over=over or "drop",
         demote=demote,
         end=end,
+        timestamps=table.flag("timestamps", False) if socket else False,
         share=table.fraction("share", DEFAULT_SHARE) if socket else 0.0,
         ring=table.power_of_two("ring", _SMALLEST_RING, _LARGEST_RING, rings.rx) if socket else 0,
         quota=table.integer("quota", 1, _LARGEST_QUOTA, rings.quota) if socket else 0,

@@ -149,6 +149,7 @@ def _policy(policy: Policy, lane_numbers: dict[str, int]) -> CData:
     for lane, entry in zip(policy.lanes, compiled.lane, strict=False):
         _set_limit(entry.limit, lane.rate, lane.burst)
         entry.end = lib.SLUICE_END_KERNEL if lane.end == "kernel" else lib.SLUICE_END_SOCKET
+        entry.timestamps = lane.timestamps
         if lane.demote is not None:
             entry.over = lib.SLUICE_OVER_DEMOTE
             entry.demote_lane = lane_numbers[lane.demote]

@@ -149,7 +149,8 @@ struct sluice_lane {
 	__u8 end;  /* enum sluice_lane_end */
 	__u8 over; /* enum sluice_over */
 	__u8 demote_lane;
-	__u8 reserved[5];
+	__u8 timestamps; /* 1: frames carry the time of arrival */
+	__u8 reserved[4];
 };
 
 /* map "policies", array[SLUICE_BANKS] */
@@ -356,7 +357,7 @@ struct sluice_group {
 struct sluice_meta {
 	__u32 cookie;
 	__u32 peer;           /* struct sluice_known.id, 0: stranger */
-	__u64 time_ns;        /* CLOCK_MONOTONIC at program entry */
+	__u64 time_ns;        /* CLOCK_MONOTONIC of arrival; 0: the lane has no timestamps */
 	__u16 payload_offset; /* from the start of the frame */
 	__u16 payload_length;
 	__u8 lane;

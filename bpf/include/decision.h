@@ -15,7 +15,7 @@
 
 /* What is known about a packet once its service is; passed between the steps. */
 struct decision {
-	u64 now;
+	u64 now; /* coarse_time() */
 	struct sluice_policy *policy;
 	struct sluice_rule *rule;
 	struct found from;
@@ -36,7 +36,7 @@ struct decision {
  * a hold does not.  Returns the reason of the drop or WITHIN_LIMITS; may change
  * decision->lane.
  */
-static __always_inline int over_limits(const struct packet *packet, struct decision *decision,
+static __always_inline int over_limits(struct packet *packet, struct decision *decision,
 				       int may_demote)
 {
 	struct sluice_rule *rule = decision->rule;
@@ -46,14 +46,14 @@ static __always_inline int over_limits(const struct packet *packet, struct decis
 	u32 demote_lane = rule->demote_lane;
 	u64 *tat;
 
-	if (decision->from.id && hold_over(decision->from.id, decision->now, decision->row))
+	if (decision->from.id && hold_over(decision->from.id, packet, decision->row))
 		return SLUICE_DROP_HELD;
 	if (decision->from.peer &&
-	    limit_over(&decision->from.peer->tat_ns, &rule->peer, decision->now, decision->row)) {
+	    limit_over(&decision->from.peer->tat_ns, &rule->peer, packet, decision->row)) {
 		reason = SLUICE_DROP_PEER_LIMIT;
 	} else if (rule->prefix.interval_ns && !decision->from.id) {
 		tat = limit_prefix_bucket(packet, decision->policy);
-		if (tat && limit_over(tat, &rule->prefix, decision->now, decision->row))
+		if (tat && limit_over(tat, &rule->prefix, packet, decision->row))
 			reason = SLUICE_DROP_PREFIX_LIMIT;
 	}
 	lane = &decision->policy->lane[decision->lane & (SLUICE_MAX_LANES - 1)];
@@ -61,7 +61,7 @@ static __always_inline int over_limits(const struct packet *packet, struct decis
 		if (!lane->limit.interval_ns)
 			return WITHIN_LIMITS;
 		tat = limit_lane_bucket(decision->lane);
-		if (!tat || !limit_over(tat, &lane->limit, decision->now, decision->row))
+		if (!tat || !limit_over(tat, &lane->limit, packet, decision->row))
 			return WITHIN_LIMITS;
 		reason = SLUICE_DROP_LANE_LIMIT;
 		over = lane->over;
@@ -76,7 +76,7 @@ static __always_inline int over_limits(const struct packet *packet, struct decis
 	decision->demoted = 1;
 	lane = &decision->policy->lane[decision->lane];
 	tat = limit_lane_bucket(decision->lane);
-	if (tat && limit_over(tat, &lane->limit, decision->now, decision->row))
+	if (tat && limit_over(tat, &lane->limit, packet, decision->row))
 		return SLUICE_DROP_LANE_LIMIT;
 	return WITHIN_LIMITS;
 }

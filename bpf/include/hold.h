@@ -29,7 +29,7 @@ union hold_limit {
 };
 
 /* True: the packet is over the rate at which the peer of that number is held. */
-static __always_inline int hold_over(u32 id, u64 now, struct sluice_counters *row)
+static __always_inline int hold_over(u32 id, struct packet *packet, struct sluice_counters *row)
 {
 	u32 index = id - 1;
 	u32 line = index / SLUICE_HOLD_MARKS;
@@ -41,12 +41,12 @@ static __always_inline int hold_over(u32 id, u64 now, struct sluice_counters *ro
 	if (!marks || !*(volatile u8 *)&marks->held[index & (SLUICE_HOLD_MARKS - 1)])
 		return 0;
 	hold = peer_holds.lookup(&index);
-	if (!hold || *(volatile u64 *)&hold->until_ns <= now)
+	if (!hold || *(volatile u64 *)&hold->until_ns <= exact_time(packet))
 		return 0;
 	set.word = *(volatile u64 *)&hold->interval_ns;
 	limit.interval_ns = set.interval_ns;
 	limit.burst_ns = (u64)set.burst * set.interval_ns;
-	if (!limit_over(&hold->tat_ns, &limit, now, row))
+	if (!limit_over(&hold->tat_ns, &limit, packet, row))
 		return 0;
 	__sync_fetch_and_add(&hold->drops, 1);
 	return 1;

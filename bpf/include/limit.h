@@ -25,15 +25,16 @@
 BPF_TABLE("array", u32, struct sluice_bucket, lane_limits, SLUICE_MAX_LANES);
 BPF_TABLE("array", u32, struct sluice_bucket, prefix_limits, SLUICE_PREFIX_BUCKETS);
 
-static __always_inline int limit_over(u64 *tat, const struct sluice_limit *limit, u64 now,
-				      struct sluice_counters *row)
+static __always_inline int limit_over(u64 *tat, const struct sluice_limit *limit,
+				      struct packet *packet, struct sluice_counters *row)
 {
 	u64 interval = limit->interval_ns;
-	u64 seen, base;
+	u64 seen, base, now;
 	int i;
 
 	if (!interval)
 		return 0;
+	now = exact_time(packet);
 #pragma clang loop unroll(disable)
 	for (i = 0; i < LIMIT_ATTEMPTS; i++) {
 		seen = *(volatile u64 *)tat;

@@ -67,9 +67,9 @@ def until(condition: Callable[[], T], what: str, seconds: float = SECONDS) -> T:
     return answer
 
 
-def load() -> SteerProgram:
+def load(policy: str = POLICY) -> SteerProgram:
     program = SteerProgram.load()
-    program.swap(compile_policy(Policy.parse(POLICY)))
+    program.swap(compile_policy(Policy.parse(policy)))
     return program
 
 

@@ -42,7 +42,10 @@ def random_policy(rng: random.Random, offsets: tuple[int, ...] = (0, 0, 1, 4)) -
     default = rng.choice(classes) if classes and rng.random() < 0.3 else "unknown"
     parts.append(f'default_class = "{default}"')
     for number, name in enumerate(lanes):
-        parts.append(f'[[lane]]\nname = "{name}"\nend = "{rng.choice(("socket", "kernel"))}"')
+        end = rng.choice(("socket", "kernel"))
+        parts.append(f'[[lane]]\nname = "{name}"\nend = "{end}"')
+        if end == "socket" and rng.random() < 0.5:
+            parts.append("timestamps = true")
         if rng.random() < 0.4:
             parts.append(f"rate = {_GENEROUS}\nburst = {_GENEROUS}")
             parts.append(_demotion(rng, lanes, number))

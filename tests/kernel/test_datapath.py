@@ -27,6 +27,7 @@ from tests.kernel.datapath import (
     client_socket,
     collect,
     lanes_on,
+    load,
     server_address,
     until,
 )
@@ -85,6 +86,25 @@ def test_receive(lab: Lab, program: SteerProgram, mode: Mode, version: int) -> N
         with lanes.receive(timeout=0.05) as batch:
             assert not batch
         assert lanes.statistics().lane("votes").received == len(sent)
+
+
+def test_waiting_shows_in_timestamps(lab: Lab) -> None:
+    """In a lane that has them; in one without, all of a batch have the time at which it was read."""
+    policy = POLICY.replace('name = "votes"\n[[lane]]', 'name = "votes"\ntimestamps = true\n[[lane]]')
+    with load(policy) as program, lanes_on(program, lab) as lanes, client_socket(lab) as client:
+        before = time.monotonic_ns()
+        for pause in (0.005, 0.0):
+            for port in (VOTES, BULK):
+                client.sendto(b"x", (server_address(lab), port))
+            time.sleep(pause)  # what is measured, not waited for
+        until(lambda: [lanes.statistics().lane(name).waiting for name in ("votes", "bulk")] == [2, 2], "all")
+        read = time.monotonic_ns()
+        with lanes.receive(timeout=SECONDS) as batch:
+            assert list(batch.lanes) == [0, 0, 1, 1]
+            first, second, *bulk = batch.times
+        assert before <= first < second <= read
+        assert second - first >= 4_000_000
+        assert read <= bulk[0] == bulk[1] <= time.monotonic_ns()
 
 
 def test_without_metadata(lab: Lab, program: SteerProgram) -> None:

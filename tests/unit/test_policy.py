@@ -62,6 +62,12 @@ def test_lanes_take_ring_and_quota_from_rings() -> None:
 def test_a_lane_that_ends_in_the_kernel_has_no_ring() -> None:
     first = Policy.parse(lane('end = "kernel"')).lanes[0]
     assert (first.end, first.ring, first.quota, first.share) == ("kernel", 0, 0, 0.0)
+    assert not first.timestamps
+
+
+def test_timestamps_are_wanted_lane_by_lane() -> None:
+    first, second = Policy.parse(lane("timestamps = true")).lanes
+    assert (first.timestamps, second.timestamps) == (True, False)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +239,9 @@ def policies(draw: st.DrawFn) -> dict[str, Any]:
         entry = (
             {"name": name}
             | draw(limits(""))
-            | draw(maybe(share=st.floats(0, 0.125), ring=st.sampled_from([64, 8192])))
+            | draw(
+                maybe(share=st.floats(0, 0.125), ring=st.sampled_from([64, 8192]), timestamps=st.booleans())
+            )
         )
         if "rate" in entry and lanes[index + 1 :] and draw(st.booleans()):
             entry["demote"] = draw(st.sampled_from(lanes[index + 1 :]))

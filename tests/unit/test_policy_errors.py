@@ -112,6 +112,12 @@ BAD: dict[str, BadPolicy] = {
         ["a higher lane"],
     ),
     "end_word": (lane('end = "kernal"'), "lane[0].end", ['"socket", "kernel"', 'did you mean "kernel"?']),
+    "timestamps_word": (lane('timestamps = "yes"'), "lane[0].timestamps", ['found "yes"', "true or false"]),
+    "timestamps_kernel": (
+        lane('end = "kernel"\ntimestamps = false'),
+        "lane[0].timestamps",
+        ["no ring of its own"],
+    ),
     "share_negative": (lane("share = -0.1"), "lane[0].share", ["found -0.1", "from 0 to 1"]),
     "share_above_1": (lane("share = 1.5"), "lane[0].share", ["found 1.5"]),
     "share_nan": (lane("share = nan"), "lane[0].share", ["found nan"]),

@@ -25,6 +25,7 @@ class Fixed:
     """A window that nothing changes."""
 
     name = "fixed"
+    every_packet = True
     pacing_rate: float | None = None
     ssthresh: int | None = None
 

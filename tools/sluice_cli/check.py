@@ -92,6 +92,8 @@ def port_ranges(ports: tuple[int, ...]) -> Iterator[str]:
 
 def _lane(lane: Lane) -> dict[str, Any]:
     found: dict[str, Any] = {"name": lane.name, "end": lane.end, "share": lane.share}
+    if lane.timestamps:
+        found["timestamps"] = True
     if lane.rate is not None:
         found |= {"rate": lane.rate, "burst": lane.burst, "over": lane.over}
         if lane.demote is not None:

@@ -44,6 +44,7 @@ POLICY: Final = f"""version = 1
 
 [[lane]]
 name = "flow"
+timestamps = true
 
 [[service]]
 name = "flow"

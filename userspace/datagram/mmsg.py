@@ -75,7 +75,8 @@ class MmsgLanes(KernelSocketLanes):
     closed with this object.  Without, one per port is opened here.  ``budget``
     bounds what one call reads, 0: only ``maximum`` does.  ``gro``: datagrams of one flow
     that arrive together are read in one message.  ``timestamps``: ``times`` says when the
-    kernel took a datagram from the interface, not when it was read.  ``selected``: sockets
+    kernel took a datagram from the interface, not when it was read; so does a policy with a
+    lane that wants timestamps.  ``selected``: sockets
     that the kernel chooses by lane (not with ``gro``), by ``program`` if that ends with this
     object; both are closed with it, also when it can't be made.  Belongs to one thread.
 
@@ -135,7 +136,7 @@ class MmsgLanes(KernelSocketLanes):
             options.large_frames = large_frames
             # What comes together can't be counted before it is read, so not where that is bounded.
             options.gro = gro and not budget
-            options.timestamps = timestamps
+            options.timestamps = timestamps or any(lane.timestamps for lane in policy.lanes)
             options.drain = DRAIN if drain is None else drain
             for lane in self.lanes:
                 options.quota[lane.number] = lane.quota

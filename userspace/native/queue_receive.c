@@ -218,7 +218,7 @@ void sl_queue_columns(struct sl_batch *batch)
 		}
 		batch->offsets[i] = place + meta.payload_offset;
 		batch->lengths[i] = meta.payload_length;
-		batch->times[i] = meta.time_ns;
+		batch->times[i] = meta.time_ns ? meta.time_ns : batch->received_ns;
 		batch->peers[i] = meta.peer;
 		batch->kinds[i] = meta.kind;
 		batch->classes[i] = meta.class_id;
