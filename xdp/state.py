@@ -131,11 +131,15 @@ def _lock(path: Path) -> int | None:
 def sweep(run: Path = RUN) -> list[str]:
     """Remove what killed owners left: locks, state files and sockets. Returns the names.
 
-    Journals stay: only a start on the same interface can put its settings back.
+    Journals stay: only a start on the same interface can put its settings back.  Who may not remove
+    anything, removes nothing: that is told by whatever needs it.
     """
     removed = []
     for path in sorted(run.glob("*.lock")):
-        descriptor = _lock(path)
+        try:
+            descriptor = _lock(path)
+        except PermissionError:
+            continue
         if descriptor is not None:
             path.unlink(missing_ok=True)
             os.close(descriptor)
@@ -144,7 +148,10 @@ def sweep(run: Path = RUN) -> list[str]:
         state = read_state(path)
         if state is None or state.alive or (state.persisted and _program_exists(state.program_id)):
             continue
-        path.unlink(missing_ok=True)
+        try:
+            path.unlink(missing_ok=True)
+        except PermissionError:
+            continue
         removed.append(path.name)
         served = Path(state.socket) if state.socket else None
         if served is not None and served.parent == run and served.suffix == ".sock":

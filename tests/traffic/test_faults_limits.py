@@ -19,6 +19,8 @@ from userspace.datagram.descriptors import LaneSpec
 from userspace.datagram.xsk import open_queues
 from xdp.errors import SluiceError
 from xdp.link import attached_program
+from xdp.owner_state import OwnerState, write_state
+from xdp.state import InterfaceLock
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
 
@@ -80,6 +82,25 @@ def probe(
     return said
 
 
+@pytest.fixture(params=["alone", "beside an owner"])
+def company(request: pytest.FixtureRequest, lab: Lab) -> Iterator[None]:
+    """What root's owner of another interface has in its folder may be read, not written."""
+    if request.param == "alone":
+        yield
+        return
+    with lab.client.enter():
+        lock = InterfaceLock.take(lab.client.interface, lab.client.ifindex)
+    # And what a killed one left, whose pid is another process's now.
+    state = lock.path.with_suffix(".json")
+    write_state(state, OwnerState(pid=1, started=0, program_id=0, interface="gone", mode="native copy"))
+    try:
+        yield
+    finally:
+        state.unlink(missing_ok=True)
+        lock.release()
+
+
+@pytest.mark.usefixtures("company")
 class TestWithoutPrivileges:
     def test_xdp_is_refused(self, lab: Lab) -> None:
         said = probe(lab, "native", user=NOBODY)
