@@ -59,6 +59,7 @@
 #define SLUICE_STRANGER_SETS 8192 /* a power of 2 */
 #define SLUICE_STRANGER_WAYS 16
 #define SLUICE_STRANGER_ENTRIES 131072 /* SLUICE_STRANGER_SETS * SLUICE_STRANGER_WAYS */
+#define SLUICE_STRANGER_INDEX_BITS 17  /* of that many entries */
 
 #define SLUICE_FILTER_SIZE 32768 /* SLUICE_BANKS * SLUICE_FILTER_WORDS */
 #define SLUICE_PORTS_SIZE 131072 /* SLUICE_BANKS * SLUICE_PORTS */
@@ -275,8 +276,8 @@ struct sluice_hold_marks {
 
 /*
  * maps "strangers", array[SLUICE_STRANGER_ENTRIES], and "strangers_away", the
- * same of struct sluice_away, both can be mapped: way * SLUICE_STRANGER_SETS + set.
- * An address of zeros: nobody is here.  bpf/include/strangers.h says who is where.
+ * same of struct sluice_away, both can be mapped, in the order in which places were
+ * first needed.  An address of zeros: nobody is here.
  */
 struct sluice_stranger {
 	struct sluice_peer peer;
@@ -285,7 +286,13 @@ struct sluice_stranger {
 
 /* map "stranger_sets", array[SLUICE_STRANGER_SETS], can be mapped: a cache line */
 struct sluice_stranger_set {
-	__u32 tag[SLUICE_STRANGER_WAYS]; /* bits of the address's hash; 0: empty */
+	/* bits of the address's hash << SLUICE_STRANGER_INDEX_BITS | its entry; 0: empty */
+	__u32 way[SLUICE_STRANGER_WAYS];
+};
+
+/* map "stranger_room", array[1] */
+struct sluice_stranger_room {
+	__u64 used; /* entries that belong to a way, for good */
 };
 
 /* map "stranger_turns", array[SLUICE_STRANGER_SETS] */

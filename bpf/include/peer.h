@@ -42,6 +42,7 @@ struct found {
 	/* Of 64 bits: next to index the verifier would forget that a stranger's is 0. */
 	u64 id; /* configured peer's number, 0: stranger */
 	u32 index;
+	u32 set; /* of a stranger */
 };
 
 /* Of a configured peer. */
@@ -63,7 +64,7 @@ static __always_inline void peer_find(struct found *found, struct sluice_address
 			return;
 		}
 	}
-	found->peer = stranger_find(address, cpu, now, row, &found->index);
+	found->peer = stranger_find(address, cpu, now, row, &found->index, &found->set);
 }
 
 static __always_inline u32 prefix_class(struct sluice_address *address, u32 bank)
@@ -134,7 +135,7 @@ static __always_inline void peer_count(const struct found *found, const struct p
 		peer->bytes += bytes;
 		return;
 	}
-	away = found->id ? known_away(found) : stranger_away(peer, found->index, row);
+	away = found->id ? known_away(found) : stranger_away(peer, found->index, found->set, row);
 	if (away) {
 		__sync_fetch_and_add(&away->packets, 1);
 		__sync_fetch_and_add(&away->bytes, bytes);

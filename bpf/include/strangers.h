@@ -4,9 +4,15 @@
  *
  * A set-associative table, as a CPU's cache is one: the hash of an address
  * chooses a set, and the address is in one of the set's 16 ways or nowhere.
- * "stranger_sets" holds for each way a tag (32 other bits of the hash), so that
- * finding somebody touches two cache lines: the set's tags, and the peer's own.
- * The kernel's LRU hash takes five, and a lock of all CPUs for each new address.
+ * "stranger_sets" holds for each way a tag (15 other bits of the hash) and the
+ * number of its entry in "strangers", so that finding somebody touches two cache
+ * lines: the set's, and the peer's own.  The kernel's LRU hash takes five, and a
+ * lock of all CPUs for each new address.
+ *
+ * A way gets its entry when it is first needed, and keeps it.  So the entries in
+ * use lie close together, whatever the hash says: 64 of them on a page.  Map memory
+ * has no large pages, and a CPU knows the addresses of 2,000 pages; with an entry's
+ * place given by set and way, 65,536 strangers lay on that many.
  *
  * Room.  Half as many addresses as there are entries find their place nearly
  * always (of 65,536, one in some thousand does not).  Of a set that is full, the
@@ -38,7 +44,8 @@
 #define STRANGER_FIRST 0xff51afd7ed558ccdULL
 #define STRANGER_SECOND 0xc4ceb9fe1a85ec53ULL
 #define STRANGER_SET_SHIFT 51 /* the upper 13 bits: SLUICE_STRANGER_SETS is 2^13 */
-#define STRANGER_TAG_SHIFT 19 /* the 32 bits below them */
+#define STRANGER_TAG_SHIFT 36 /* the 15 bits below them */
+#define STRANGER_TAG_MASK 0x7fff
 
 #define NO_TAG 0
 
@@ -56,6 +63,7 @@ BPF_F_TABLE("array", u32, struct sluice_away, strangers_away, SLUICE_STRANGER_EN
 BPF_F_TABLE("array", u32, struct sluice_stranger_set, stranger_sets, SLUICE_STRANGER_SETS,
 	    BPF_F_MMAPABLE);
 BPF_TABLE("array", u32, struct sluice_stranger_turn, stranger_turns, SLUICE_STRANGER_SETS);
+BPF_TABLE("array", u32, struct sluice_stranger_room, stranger_room, 1);
 
 static __always_inline u64 stranger_hash(const struct sluice_address *address)
 {
@@ -76,10 +84,19 @@ static __always_inline int same_address(const struct sluice_address *a,
 	       a->word[0] == b->word[0];
 }
 
-/* Low ways first: few strangers lie close together, on few pages. */
-static __always_inline u32 stranger_index(u32 set, u32 way)
+static __always_inline u32 way_tag(u32 way)
 {
-	return way * SLUICE_STRANGER_SETS + set;
+	return way >> SLUICE_STRANGER_INDEX_BITS;
+}
+
+static __always_inline u32 way_index(u32 way)
+{
+	return way & (SLUICE_STRANGER_ENTRIES - 1);
+}
+
+static __always_inline u32 way_with(u32 tag, u32 index)
+{
+	return tag << SLUICE_STRANGER_INDEX_BITS | index;
 }
 
 /* The first way with that tag, or SLUICE_STRANGER_WAYS. */
@@ -89,7 +106,7 @@ static __always_inline u32 stranger_way(const struct sluice_stranger_set *set, u
 
 #pragma clang loop unroll(full)
 	for (way = 0; way < SLUICE_STRANGER_WAYS; way++)
-		if (set->tag[way] == tag)
+		if (way_tag(set->way[way]) == tag)
 			break;
 	return way;
 }
@@ -128,8 +145,7 @@ static __always_inline void stranger_turn_end(struct sluice_stranger_turn *turns
 }
 
 /* The way to put a new stranger in. */
-static __always_inline u32 stranger_victim(const struct sluice_stranger_set *set, u32 set_index,
-					   u64 turn)
+static __always_inline u32 stranger_victim(const struct sluice_stranger_set *set, u64 turn)
 {
 	u32 first = (turn >> 1) * STRANGER_CANDIDATES & (SLUICE_STRANGER_WAYS - 1);
 	u32 way = stranger_way(set, NO_TAG);
@@ -141,7 +157,7 @@ static __always_inline u32 stranger_victim(const struct sluice_stranger_set *set
 	way = first;
 #pragma clang loop unroll(full)
 	for (i = first; i < first + STRANGER_CANDIDATES; i++) {
-		u32 index = stranger_index(set_index, i);
+		u32 index = way_index(set->way[i]);
 		struct sluice_stranger *stranger = strangers.lookup(&index);
 
 		if (stranger && stranger->peer.last_seen_ns < oldest) {
@@ -150,6 +166,21 @@ static __always_inline u32 stranger_victim(const struct sluice_stranger_set *set
 		}
 	}
 	return way;
+}
+
+/*
+ * The entry of a way, taken for it if it has none yet.  There are as many as ways, so
+ * the lookup of this index never fails.
+ */
+static __always_inline u32 stranger_entry(u32 way)
+{
+	struct sluice_stranger_room *room;
+	u32 zero = 0;
+
+	if (way)
+		return way_index(way);
+	room = stranger_room.lookup(&zero);
+	return room ? __sync_fetch_and_add(&room->used, 1) : SLUICE_STRANGER_ENTRIES;
 }
 
 /* Writes a new entry, to which no tag leads yet. */
@@ -185,45 +216,48 @@ static __always_inline struct sluice_peer *stranger_add(const struct sluice_addr
 	/* Another CPU may have added it meanwhile; or two addresses have one tag. */
 #pragma clang loop unroll(full)
 	for (way = 0; way < SLUICE_STRANGER_WAYS; way++) {
-		if (set->tag[way] != tag)
+		if (way_tag(set->way[way]) != tag)
 			continue;
-		*index = stranger_index(set_index, way);
+		*index = way_index(set->way[way]);
 		stranger = strangers.lookup(index);
 		if (stranger && same_address(&stranger->address, address))
 			goto out;
 	}
-	way = stranger_victim(set, set_index, turn) & (SLUICE_STRANGER_WAYS - 1);
-	*index = stranger_index(set_index, way);
+	way = stranger_victim(set, turn) & (SLUICE_STRANGER_WAYS - 1);
+	*index = stranger_entry(set->way[way]);
 	stranger = strangers.lookup(index);
 	if (!stranger)
 		goto out;
-	*(volatile u32 *)&set->tag[way] = NO_TAG;
+	*(volatile u32 *)&set->way[way] = way_with(NO_TAG, *index);
 	stranger_write(stranger, address, cpu, now);
 	stranger_turn_publish(turns);
-	*(volatile u32 *)&set->tag[way] = tag;
+	*(volatile u32 *)&set->way[way] = way_with(tag, *index);
 	row->strangers_created++;
 out:
 	stranger_turn_end(turns);
 	return stranger ? &stranger->peer : NULL;
 }
 
-/* The stranger and its index, added if it is not there; NULL: see strangers_refused. */
+/* The stranger, its entry and its set, added if it is not there; NULL: see strangers_refused. */
 static __always_inline struct sluice_peer *stranger_find(const struct sluice_address *address,
 							 u32 cpu, u64 now,
-							 struct sluice_counters *row, u32 *index)
+							 struct sluice_counters *row, u32 *index,
+							 u32 *set_number)
 {
 	u64 hash = stranger_hash(address);
 	u32 set_index = hash >> STRANGER_SET_SHIFT;
-	u32 tag = (u32)(hash >> STRANGER_TAG_SHIFT) | 1; /* never NO_TAG */
+	u32 tag = hash >> STRANGER_TAG_SHIFT & STRANGER_TAG_MASK;
 	struct sluice_stranger_set *set = stranger_sets.lookup(&set_index);
 	struct sluice_stranger *stranger;
 	u32 way;
 
+	*set_number = set_index;
 	if (!set)
 		return NULL;
+	tag += tag == NO_TAG;
 	way = stranger_way(set, tag);
 	if (way < SLUICE_STRANGER_WAYS) {
-		*index = stranger_index(set_index, way);
+		*index = way_index(set->way[way]);
 		stranger = strangers.lookup(index);
 		if (stranger && same_address(&stranger->address, address))
 			return &stranger->peer;
@@ -236,10 +270,9 @@ static __always_inline struct sluice_peer *stranger_find(const struct sluice_add
  * the first time: most strangers never do, and it would cost each a cache miss.
  */
 static __always_inline struct sluice_away *stranger_away(struct sluice_peer *peer, u32 index,
-							 struct sluice_counters *row)
+							 u32 set_index, struct sluice_counters *row)
 {
 	struct sluice_away *away = strangers_away.lookup(&index);
-	u32 set_index = index & (SLUICE_STRANGER_SETS - 1);
 	struct sluice_stranger_turn *turns;
 	u64 turn;
 

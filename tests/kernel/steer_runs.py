@@ -152,3 +152,4 @@ class SteerRuns:
         for name in ("strangers", "stranger_sets"):
             with self.program.maps[name].map_memory(writable=True) as memory:
                 memory[:] = bytes(len(memory))
+        self.program.maps["stranger_room"].update(bytes(4), bytes(8))

@@ -170,6 +170,7 @@ VALUES = {
     "prefixes_0": "sluice_prefix_class", "prefixes_1": "sluice_prefix_class", "lane_limits": "sluice_bucket",
     "prefix_limits": "sluice_bucket", "counters": "sluice_counters", "known_filter": "sluice_filter",
     "strangers_away": "sluice_away", "stranger_sets": "sluice_stranger_set",
+    "stranger_room": "sluice_stranger_room",
     "stranger_turns": "sluice_stranger_turn", "peer_holds": "sluice_hold", "hold_marks": "sluice_hold_marks",
 }  # fmt: skip
 KEYS = {"known": "sluice_address", "prefixes_0": "sluice_prefix",

@@ -71,6 +71,7 @@ def test_maps_of_the_program(steer_program: SteerProgram) -> None:
         "strangers_away": (lib.BPF_MAP_TYPE_ARRAY, 4, size("struct sluice_away"), entries),
         "stranger_sets": (lib.BPF_MAP_TYPE_ARRAY, 4, size("struct sluice_stranger_set"), sets),
         "stranger_turns": (lib.BPF_MAP_TYPE_ARRAY, 4, size("struct sluice_stranger_turn"), sets),
+        "stranger_room": (lib.BPF_MAP_TYPE_ARRAY, 4, size("struct sluice_stranger_room"), 1),
         "known_filter": (lib.BPF_MAP_TYPE_ARRAY, 4, size("struct sluice_filter"), lib.SLUICE_FILTER_SIZE),
         "lane_limits": (lib.BPF_MAP_TYPE_ARRAY, 4, size("struct sluice_bucket"), lib.SLUICE_MAX_LANES),
         "prefix_limits": (lib.BPF_MAP_TYPE_ARRAY, 4, size("struct sluice_bucket"), lib.SLUICE_PREFIX_BUCKETS),

@@ -73,6 +73,7 @@ def test_sizes_fit_together() -> None:
     for size in (lib.SLUICE_BANKS, lib.SLUICE_MAX_LANES, lib.SLUICE_PREFIX_BUCKETS, lib.SLUICE_STRANGER_SETS):
         assert size & (size - 1) == 0
     assert lib.SLUICE_STRANGER_ENTRIES == lib.SLUICE_STRANGER_SETS * lib.SLUICE_STRANGER_WAYS
+    assert lib.SLUICE_STRANGER_ENTRIES == 1 << lib.SLUICE_STRANGER_INDEX_BITS
     assert lib.SLUICE_STRANGER_ENTRIES == 2 * lib.SLUICE_MAX_STRANGERS
     assert lib.SLUICE_MAX_KNOWN == lib.SLUICE_HOLD_LINES * lib.SLUICE_HOLD_MARKS
     assert ffi.sizeof("struct sluice_hold_marks") == lib.SLUICE_HOLD_MARKS == CACHE_LINE

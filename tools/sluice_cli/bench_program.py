@@ -155,18 +155,16 @@ def measure(seconds: float) -> tuple[list[Case], int]:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
         idle = stack.enter_context(IdleSocket())
         hot = stack.enter_context(_loaded(idle, ()))
-        random, new = (
-            stack.enter_context(_loaded(idle, (f"SLUICE_BENCH_RANDOM_PEERS={peers}",)))
-            for peers in (_RANDOM_PEERS, _NEW_PEERS)
-        )
         empty_fd = load_bytecode("sluice_empty", _EMPTY)
         stack.callback(os.close, empty_fd)
 
         hot_cases = [Case(name, family, "hot", hot.fd, frame) for name, family, frame in _frames(_HOT)]
-        random_cases = [
-            Case(name, family, "random", random.fd, frame) for name, family, frame in _frames(_RANDOM)
-        ]
-        random_cases += [Case(name, family, "new", new.fd, frame) for name, family, frame in _frames(_RANDOM)]
+        random_cases: list[Case] = []
+        for peers, count in _DRAWN:
+            for name, family, frame in _frames(_RANDOM):
+                # Each its own: the strangers of another case would lie between this one's.
+                own = stack.enter_context(_loaded(idle, (f"SLUICE_BENCH_RANDOM_PEERS={count}",)))
+                random_cases.append(Case(name, family, peers, own.fd, frame))
         empty = Case("empty", "v4", "hot", empty_fd, hot_cases[0].frame)
         _take_turns([empty, *hot_cases], seconds * 0.6)
         for case in random_cases:
@@ -204,6 +202,9 @@ _HOT: Final = (
     ("stranger", "10.1.2.3", "2001:db8::1:2:3", _PORT, _VOTE),
     ("stranger, lane limit", "10.1.2.3", "2001:db8::1:2:3", _PORT, _OTHER),
 )
+_DRAWN: Final[tuple[tuple[Literal["random", "new"], int], ...]] = (
+    ("random", _RANDOM_PEERS), ("new", _NEW_PEERS),
+)  # fmt: skip
 _RANDOM: Final = (("stranger", "10.1.2.3", "2001:db8::1:2:3", _PORT, _VOTE),)
 
 

@@ -338,6 +338,7 @@ _DANGER = {
     "counters": "the counters would no longer add up",
     "strangers_away": "packets of strangers would be counted wrongly",
     "stranger_sets": "strangers would be forgotten; `sluice map delete strangers ADDRESS` forgets one",
+    "stranger_room": "strangers would share entries, or find none",
     "stranger_turns": "two CPUs could change the same strangers at once",
     "xsks": "packets of a lane would go to another socket, or to none",
 }
