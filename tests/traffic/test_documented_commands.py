@@ -192,6 +192,9 @@ CASES: dict[str, Case] = {
     # Thresholds of time are no test of a busy machine: die waits for one that is long.
     "sluice lab connections": Case(r"(?s)known dead after.*holds", more=(*FEW, "--trial", "die")),
     "sluice lab connections --quick": Case(r"(?s)known dead after.*holds", more=(*FEW, "--trial", "die")),
+    "sluice lab connections --ipv6 --trial move": Case(
+        r"(?s)known dead after.*holds", more=FEW, instead={"move": "die"}
+    ),
     "sluice lab connections --trial cut --trial kill --mode mmsg --json": Case(
         r'"mode": "mmsg"', more=FEW, instead={"cut": "blackhole", "kill": "die"}
     ),

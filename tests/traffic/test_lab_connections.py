@@ -43,9 +43,10 @@ def all_back(trial: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_over_af_xdp() -> None:
-    document = lab("--trial", "cut", "--trial", "blackhole", "--trial", "flood", "--trial", "kill")
+    document = lab("--trial", "cut", "--trial", "blackhole", "--trial", "flood", "--trial", "spoil",
+                   "--trial", "kill")  # fmt: skip
     assert document["mode"] == "native-copy"
-    cut, blackhole, flood, kill = document["trials"]
+    cut, blackhole, flood, spoil, kill = document["trials"]
     all_back(cut)
     all_back(blackhole)
     all_back(flood)
@@ -53,6 +54,11 @@ def test_over_af_xdp() -> None:
     assert flood["flood"]["sent"] > 10_000
     assert 0 <= flood["flood"]["refused"] <= flood["flood"]["sent"]
     assert flood["flood"]["rounds"] > 0
+    all_back(spoil)
+    assert spoil["kinds"]["udp"]["reconnected"] == spoil["lost"] == 0, "what is spoilt ends no connection"
+    assert spoil["spoil"]["dropped"] > 0 < spoil["spoil"]["changed"]
+    # A message of UDP has no more protection than the checksum, which the network has made right again.
+    assert spoil["spoil"]["wrong"]["udp"] > 0 == spoil["spoil"]["wrong"]["quic"]
     assert cut["seconds"] > 2
     assert cut["netlink_late"] < 5
     assert blackhole["lost"] == cut["lost"] == 0, "two seconds are no reason to give a connection up"
@@ -68,6 +74,14 @@ def test_over_kernel_sockets() -> None:
     all_back(arp)
     all_back(move)
     assert die["death"]["peers"] == die["death"]["known"] == VICTIMS["die"]
+
+
+@pytest.mark.slow
+def test_over_ipv6() -> None:
+    document = lab("--ipv6", "--trial", "cut", "--trial", "arp", "--trial", "move", "--trial", "spoil")
+    assert document["ip"] == 6
+    for trial in document["trials"]:
+        all_back(trial)
 
 
 @pytest.mark.slow

@@ -7,18 +7,21 @@ measures how long it takes until each connection has carried a message and its a
 =========  ============================================================================================
 cut        the other host's interface is set down and up again: our carrier goes and comes back
 blackhole  the other host drops all that arrives, and nobody is told
-arp        the other host gets another MAC, and says so (gratuitous ARP, as when a spare takes over)
+arp        the other host gets another MAC, and says so (gratuitous ARP or an unsolicited neighbour
+           advertisement, as when a spare takes over)
 move       our own address is replaced by another one
 kill       kill -9 of a peer while messages go to it: its users are served by others (failover)
 hang       the same with a peer that is stopped: nothing says so, there is only silence
 die        kill -9 of peers that nobody speaks to
 flood      strangers flood the pool's port, in a lower lane than the peers'
+spoil      one datagram of twenty is lost and one changed, in each direction, with checksums that are right
 =========  ============================================================================================
 
 Thresholds: after a cut all are back within a second of what netlink reports
 (99 of 100), and after a blackhole within one longest delay and its jitter; QUIC goes on without a handshake;
-failover within 250 ms of a kill; who died or hangs is known within 15 s.  Under a flood no connection ends,
-and messages are answered within a second.
+failover within 250 ms of a kill; who died or hangs is known within 15 s.  Under a flood and on a network
+that spoils datagrams no connection ends, and messages are answered within a second; what was changed
+reaches no user of QUIC.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple, get_args
 
@@ -38,6 +42,7 @@ from sluice_cli.lab_connections_report import show
 from sluice_cli.lab_connections_room import PORT, QUIC_PORT, UDP_PORT, Peers, Room
 from sluice_cli.lab_flow_wire import Mode
 from sluice_cli.lab_pass import load_drop
+from sluice_cli.lab_spoil import Spoiler
 from sluice_cli.output import Output, common_options, examples
 from sluice_cli.traffic import Template, udp_frame
 from userspace.connection.backoff import CAP
@@ -46,6 +51,9 @@ from xdp.errors import SluiceError
 
 #: Seconds, 99 of 100 connections, from what netlink reports (a cut), from the end (of all else).
 BACK: Final = 1.0
+#: Seconds: the kernel asks for a neighbour once in so many (RFC 4861, 10: RETRANS_TIMER), first of all
+#: when the other host's IPv6 is not ready yet.
+SOLICITATION: Final = 1.0
 #: Seconds, all connections: one longest delay and its jitter, which is within it, and an attempt.
 BLACKHOLE: Final = CAP + 3.0
 #: Seconds, users of a peer that was killed, until another one has answered.
@@ -70,8 +78,15 @@ LONGEST: Final = 60.0
 FLOOD: Final = 200_000
 STRANGERS: Final = 1024
 
+#: Parts of the datagrams in each direction that are lost and changed: a fifth of the messages fail.
+DROP: Final = 0.05
+CHANGE: Final = 0.05
+
 MAC: Final = "02:00:00:00:5e:01"
-OTHER_ADDRESS: Final = "10.81.0.7/16"
+#: By version: our other address, and ours.
+MOVES: Final = {4: ("10.81.0.7/16", "10.81.0.1/16"), 6: ("fd81::7/64", "fd81::1/64")}
+#: Nobody else has it, and asking takes a second (RFC 4862, 5.4).
+NO_DAD: Final[dict[int, tuple[str, ...]]] = {4: (), 6: ("nodad",)}
 
 
 class Plan(NamedTuple):
@@ -80,6 +95,7 @@ class Plan(NamedTuple):
     udp: int
     quic: int
     seconds: float
+    version: int  # of IP
 
 
 def percentile(values: Sequence[float], share: float) -> float | None:
@@ -121,9 +137,9 @@ def _limits(told: dict[str, Any], figure: str, most: float) -> list[dict[str, An
     return limits
 
 
-def _set(host: Host, name: str) -> None:
+def _set(host: Host, version: int, name: str) -> None:
     with host.enter():
-        Path("/proc/sys/net/ipv4/conf", host.interface, name).write_text("1", encoding="ascii")
+        Path(f"/proc/sys/net/ipv{version}/conf", host.interface, name).write_text("1", encoding="ascii")
 
 
 # --- trials
@@ -133,6 +149,8 @@ def cut(room: Room, plan: Plan) -> dict[str, Any]:
     """The other host's interface down and up."""
     before = dict(room.attempts)
     client = room.lab.client
+    # A cable that is pulled takes no IPv6 addresses away, as setting the interface down does.
+    _set(client, 6, "keep_addr_on_down")
     down = room.command(client, "link", "set", client.interface, "down")
     room.run(down + plan.seconds)
     lost = room.failed()
@@ -143,7 +161,7 @@ def cut(room: Room, plan: Plan) -> dict[str, Any]:
         "kinds": told,
         "netlink_late": room.carrier.link_up_at - up,
         "lost": lost,
-        "thresholds": _limits(told, "p99", BACK),
+        "thresholds": _limits(told, "p99", BACK + (SOLICITATION if plan.version == 6 else 0.0)),
     }
 
 
@@ -167,7 +185,8 @@ def arp(room: Room, plan: Plan) -> dict[str, Any]:
     """The other host's MAC is another one."""
     before = dict(room.attempts)
     client = room.lab.client
-    _set(client, "arp_notify")
+    _set(client, 4, "arp_notify")
+    _set(client, 6, "ndisc_notify")
     since = room.command(client, "link", "set", client.interface, "address", MAC)
     told = figures(room, since, before, _kinds(plan))
     return {"kinds": told, "lost": room.failed(), "thresholds": _limits(told, "p99", BACK)}
@@ -178,9 +197,10 @@ def move(room: Room, plan: Plan) -> dict[str, Any]:
     before = dict(room.attempts)
     server = room.lab.server
     # Or the kernel deletes what was added with what was there before (ip-sysctl: promote_secondaries).
-    _set(server, "promote_secondaries")
-    room.command(server, "address", "add", OTHER_ADDRESS, "dev", server.interface)
-    since = room.command(server, "address", "delete", f"{server.ipv4}/16", "dev", server.interface)
+    _set(server, 4, "promote_secondaries")
+    new, old = MOVES[plan.version]
+    room.command(server, "address", "add", new, "dev", server.interface, *NO_DAD[plan.version])
+    since = room.command(server, "address", "delete", old, "dev", server.interface)
     told = figures(room, since, before, _kinds(plan))
     return {"kinds": told, "lost": room.failed(), "thresholds": _limits(told, "p99", BACK)}
 
@@ -292,9 +312,7 @@ def flood(room: Room, plan: Plan) -> dict[str, Any]:
         while not rounds or generator.running:
             rounds.append(figures(room, time.monotonic(), before, _kinds(plan)))
         result = generator.wait()
-    told = {kind: max((one[kind] for one in rounds), key=_badness) for kind in _kinds(plan)}
-    limits = _limits(told, "p99", BACK)
-    limits.append(limit("udp: ended", told["udp"]["reconnected"], 0))
+    told, limits = _worst(rounds, plan)
     return {
         "kinds": told,
         "lost": room.failed(),
@@ -306,14 +324,43 @@ def flood(room: Room, plan: Plan) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def spoil(room: Room, plan: Plan) -> dict[str, Any]:
+    """Datagrams are lost and changed in both directions."""
+    before, wrong = dict(room.attempts), dict(room.wrong)
+    rounds: list[dict[str, Any]] = []
+    with Spoiler(room.lab.client, drop=DROP, change=CHANGE) as spoiler:
+        end = time.monotonic() + plan.seconds
+        while not rounds or time.monotonic() < end:
+            rounds.append(figures(room, time.monotonic(), before, _kinds(plan)))
+    counts = spoiler.counts()
+    told, limits = _worst(rounds, plan)
+    found = {kind: room.wrong[kind] - wrong[kind] for kind in _kinds(plan)}
+    if "quic" in found:
+        limits.append(limit("quic: wrong messages", found["quic"], 0))
+    return {
+        "kinds": told,
+        "lost": room.failed(),
+        "spoil": {**counts._asdict(), "rounds": len(rounds), "wrong": found},
+        "thresholds": limits,
+    }
+
+
+def _worst(rounds: Sequence[dict[str, Any]], plan: Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The worst round of each kind, and what is asked of it: no connection ends."""
+    told = {kind: max((one[kind] for one in rounds), key=_badness) for kind in _kinds(plan)}
+    limits = _limits(told, "p99", BACK)
+    limits.append(limit("udp: ended", told["udp"]["reconnected"], 0))
+    return told, limits
+
+
 def _badness(found: dict[str, Any]) -> tuple[int, int, float]:
     """Of what was measured in several rounds, the worst is told."""
     return found["connections"] - found["back"], found["reconnected"], found["p99"] or LONGEST
 
 
 TRIALS: Final[dict[str, Callable[[Room, Plan], dict[str, Any]]]] = {
-    "cut": cut, "blackhole": blackhole, "arp": arp, "move": move, "flood": flood, "kill": kill, "hang": hang,
-    "die": die,
+    "cut": cut, "blackhole": blackhole, "arp": arp, "move": move, "flood": flood, "spoil": spoil,
+    "kill": kill, "hang": hang, "die": die,
 }  # fmt: skip
 
 
@@ -345,6 +392,7 @@ def run(room: Room, names: Sequence[str], plan: Plan, output: Output) -> list[di
     epilog=examples(
         """sudo sluice lab connections
         sudo sluice lab connections --quick
+        sudo sluice lab connections --ipv6 --trial move
         sudo sluice lab connections --trial cut --trial kill --mode mmsg --json"""
     ),
 )
@@ -353,7 +401,8 @@ def run(room: Room, names: Sequence[str], plan: Plan, output: Output) -> list[di
 @click.option("--udp", type=click.IntRange(10, 5000), help="UDP connections.  [default: 1000, quick: 100]")
 @click.option("--quic", type=click.IntRange(0, 64), help="QUIC connections.  [default: 16, quick: 2]")
 @click.option("--seconds", type=click.FloatRange(0.5, 25),
-              help="Of a cut, a black hole and a flood.  [default: 10, quick: 2]")  # fmt: skip
+              help="Of a cut, a black hole, a flood and spoiling.  [default: 10, quick: 2]")  # fmt: skip
+@click.option("--ipv6", is_flag=True, help="Instead of IPv4; the flood is IPv4 all the same.")
 @click.option("--quick", is_flag=True, help="Few connections and short faults.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=1, show_default=True,
               help="Of all chance in the pool; what the machine does is not repeated.")  # fmt: skip
@@ -366,6 +415,7 @@ def connections(
     udp: int | None,
     quic: int | None,
     seconds: float | None,
+    ipv6: bool,
     quick: bool,
     seed: int,
     mode: Mode,
@@ -379,6 +429,7 @@ def connections(
         udp=udp if udp is not None else 100 if quick else 1000,
         quic=quic if quic is not None else 2 if quick else 16,
         seconds=seconds if seconds is not None else 2.0 if quick else 10.0,
+        version=6 if ipv6 else 4,
     )
     chosen = [name for name in TRIALS if not names or name in names]
     with Lab() as lab:
@@ -390,12 +441,13 @@ def connections(
 def _document(
     output: Output, lab: Lab, names: Sequence[str], plan: Plan, seed: int, mode: Mode
 ) -> dict[str, Any]:
-    groups = [Peers(lab.client, "udp", UDP_PORT, plan.udp)]
+    peers = partial(Peers, lab.client, version=plan.version)
+    groups = [peers("udp", UDP_PORT, plan.udp)]
     if plan.quic:
-        groups.append(Peers(lab.client, "quic", QUIC_PORT, plan.quic))
+        groups.append(peers("quic", QUIC_PORT, plan.quic))
     port = UDP_PORT + plan.udp
     for count in VICTIMS.values():
-        groups.append(Peers(lab.client, "udp", port, count))
+        groups.append(peers("udp", port, count))
         port += count
     try:
         for group in groups:
@@ -413,7 +465,7 @@ def _document(
         for group in groups:
             group.close()
     return {
-        "seed": seed, "mode": room.mode, "udp": plan.udp, "quic": plan.quic, "seconds": plan.seconds,
-        "opened_in": opened, "trials": trials, "probes": told.health.probes, "asked": told.health.asked,
-        "stalls": told.health.stalls, "ok": all(one["ok"] for one in trials),
+        "seed": seed, "mode": room.mode, "ip": plan.version, "udp": plan.udp, "quic": plan.quic,
+        "seconds": plan.seconds, "opened_in": opened, "trials": trials, "probes": told.health.probes,
+        "asked": told.health.asked, "stalls": told.health.stalls, "ok": all(one["ok"] for one in trials),
     }  # fmt: skip

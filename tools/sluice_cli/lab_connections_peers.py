@@ -35,9 +35,10 @@ def udp(address: str, first: int, count: int) -> None:
     """Serve until killed."""
     boot = int.from_bytes(os.urandom(8), "big")
     heartbeats = Heartbeats(secret=os.urandom(16), boot=boot)
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with selectors.DefaultSelector() as selector:
         for port in range(first, first + count):
-            sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            sock = socket.socket(family, socket.SOCK_DGRAM)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
             sock.setblocking(False)
             sock.bind((address, port))

@@ -28,6 +28,14 @@ def show(output: Output, document: dict[str, Any]) -> None:
                 f"flood: {found['sent']:,} packets at {found['packets_per_second']:,.0f}/s, {found['read']:,}"
                 f" were read; {found['rounds']} messages and answers of each connection"
             )
+        if "spoil" in trial:
+            found = trial["spoil"]
+            wrong = ", ".join(f"{count:,} of {kind.upper()}" for kind, count in found["wrong"].items())
+            output.line(
+                f"spoil: of {found['seen']:,} datagrams {found['dropped']:,} were lost and"
+                f" {found['changed']:,} changed; wrong messages that users got: {wrong};"
+                f" {found['rounds']} rounds"
+            )
     if document["stalls"]:
         output.note(f"the pool's own loop stalled {document['stalls']} times: the machine was busy")
 

@@ -55,7 +55,7 @@ name = "strangers"
 
 [[class]]
 name = "peers"
-prefixes = ["10.81.0.0/24"]
+prefixes = ["10.81.0.0/24", "fd81::/112"]
 
 [[service]]
 name = "connections"
@@ -75,14 +75,15 @@ lane = "strangers"
 class Peers:
     """A process with peers, one a port."""
 
-    def __init__(self, host: Host, kind: str, first: int, count: int) -> None:
+    def __init__(self, host: Host, kind: str, first: int, count: int, *, version: int = 4) -> None:
         self.kind = kind
+        self.address = str(host.ipv4 if version == 4 else host.ipv6)
         self.endpoints = [f"{kind}-{first + number}" for number in range(count)]
         self.ports = dict(zip(self.endpoints, range(first, first + count), strict=True))
         # Killed by the kernel when we are.
         self._process: subprocess.Popen[Any] = host.popen(
             ["setpriv", "--pdeathsig", "KILL", "--", sys.executable, "-m", "sluice_cli.lab_connections_peers",
-             kind, str(host.ipv4), str(first), str(count)],
+             kind, self.address, str(first), str(count)],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
@@ -124,6 +125,8 @@ class Room:
         self._numbers = 0
         #: Messages by number: which endpoint was meant, when it was sent.
         self._asked: dict[int, tuple[Hashable, float]] = {}
+        #: By kind: messages that came and were none of those that were ever sent.
+        self.wrong = {group.kind: 0 for group in self.groups}
         try:
             interface = None if mode in {"mmsg", "portable"} else lab.server.interface
             lanes = self._cleanup.enter_context(
@@ -194,10 +197,9 @@ class Room:
     def open(self) -> float:
         """Connect to all peers; seconds that it took.  Raises SluiceError when some do not answer."""
         began = time.monotonic()
-        address = str(self.lab.client.ipv4)
         for group in self.groups:
             for endpoint, port in group.ports.items():
-                self.conductor.add_endpoint(time.monotonic(), endpoint, addresses=[(address, port)])
+                self.conductor.add_endpoint(time.monotonic(), endpoint, addresses=[(group.address, port)])
         self.conductor.warm_pool(time.monotonic())
         if not self.run_until(lambda: self.live() == len(self.conductor), PATIENCE):
             raise SluiceError(f"{self.live()} of {len(self.conductor)} connections are open")
@@ -221,9 +223,13 @@ class Room:
 
     def answered(self, got: Got) -> tuple[Hashable, float] | None:
         """Which endpoint's message has come back, and when it was sent; None: no message of ours."""
-        if len(got.message.payload) != MESSAGE.size:
+        payload = got.message.payload
+        number = MESSAGE.unpack(payload)[0] if len(payload) == MESSAGE.size else self._numbers
+        if number >= self._numbers or payload != MESSAGE.pack(number):
+            endpoint = self.conductor.endpoint(got.message.connection)
+            self.wrong[str(endpoint).partition("-")[0]] += 1
             return None
-        return self._asked.pop(MESSAGE.unpack(got.message.payload)[0], None)
+        return self._asked.pop(number, None)
 
     def first_answers(self, since: float, seconds: float, retry: float = 0.2) -> dict[Hashable, float]:
         """By endpoint how long after ``since`` a message over its connection came back.
