@@ -40,19 +40,25 @@ def test_rows(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     ]  # fmt: skip
     for row in rows:
         assert 0 < row["empty_ns"] <= row["ns_per_packet"] < 100_000
-    new, random, hot = ended  # in the order in which they are closed
-    for counters in (new, random, hot):
+    *drawn, hot = ended  # in the order in which they are closed
+    new, random = drawn[:2], drawn[2:]
+    for counters in ended:
         assert counters.balanced
         # All its way: a socket took it, and the metadata was written each time.
         assert counters.verdicts.keys() - {"drop_lane_limit"} <= {"pass_not_ours", "steer"}
         assert counters.metadata_refused == 0
     assert hot.verdicts["pass_not_ours"].packets > 0
     assert hot.strangers_created == 2
-    # Nearly all of both families' addresses were drawn.
-    assert random.strangers_created >= 2 * 0.99 * bench_program._RANDOM_PEERS
-    assert random.verdicts.keys() == new.verdicts.keys() == {"steer"}
-    # Hardly anyone came twice while the table knew it.
-    assert new.strangers_created >= 0.95 * new.seen.packets
+    assert len(new) == len(random) == 2
+    for counters in drawn:
+        assert counters.verdicts.keys() == {"steer"}
+    for counters in random:
+        # Nearly all addresses were drawn, and were there when they came again.
+        assert counters.strangers_created >= 0.99 * bench_program._RANDOM_PEERS
+        assert counters.strangers_created <= 0.2 * counters.seen.packets
+    for counters in new:
+        # Hardly anyone came twice while the table knew it.
+        assert counters.strangers_created >= 0.95 * counters.seen.packets
 
 
 def test_the_cpu_is_given_back() -> None:
