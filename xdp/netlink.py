@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Single questions to rtnetlink, answered at once: in any thread, and beside a running event loop.
+"""Single requests to rtnetlink, answered at once: in any thread, and beside a running event loop.
 
 pyroute2 knows the messages (and reads them here), but its sockets bring an asyncio loop of their own for each
 thread that uses them: in a thread that runs one already they fail.  The kernel answers a question about one
@@ -16,8 +16,9 @@ from typing import Any, Final, TypeVar
 _HEADER: Final = struct.Struct("=IHHII")  # struct nlmsghdr
 _ERROR: Final = struct.Struct("=i")  # struct nlmsgerr begins so
 _NLMSG_ERROR: Final = 2
-_NLM_F_REQUEST: Final = 1
-_RTM_GETLINK, _RTM_GETROUTE, _RTM_GETNEIGH = 18, 26, 30
+_NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_REPLACE = 1, 4, 0x100
+_RTM_GETLINK, _RTM_GETROUTE, _RTM_NEWNEIGH, _RTM_GETNEIGH = 18, 26, 28, 30
+_NUD_NONE: Final = 0  # linux/neighbour.h
 _LARGEST: Final = 1 << 16  # bytes of an answer; a link with all its statistics has two thousand
 
 _Message = TypeVar("_Message")
@@ -63,19 +64,24 @@ class Netlink:
 
     def neighbour(self, address: str, family: int, ifindex: int) -> Any:
         """What is known of the one with that address on an interface."""
-        from pyroute2.netlink.rtnl.ndmsg import ndmsg
+        return self._ask(_RTM_GETNEIGH, _neighbour(address, family, ifindex))
 
-        message = ndmsg()
-        message["family"], message["ifindex"] = family, ifindex
-        message["attrs"] = [("NDA_DST", address)]
-        return self._ask(_RTM_GETNEIGH, message)
+    def forget_neighbour(self, address: str, family: int, ifindex: int) -> None:
+        """As if nobody had looked for it: the next datagram makes the kernel look.  Needs CAP_NET_ADMIN.
 
-    def _ask(self, kind: int, message: Any) -> Any:
+        Not deleted: those whose datagrams wait for it would hear that it can't be reached.
+        """
+        message = _neighbour(address, family, ifindex)
+        message["state"] = _NUD_NONE
+        self._ask(_RTM_NEWNEIGH, message, _NLM_F_ACK | _NLM_F_REPLACE)
+
+    def _ask(self, kind: int, message: Any, flags: int = 0) -> Any:
+        """The answer; None if it is that all is well."""
         from pyroute2.netlink.exceptions import NetlinkError
 
         self._sequence = self._sequence + 1 & 0xFFFFFFFF
         message["header"]["type"] = kind
-        message["header"]["flags"] = _NLM_F_REQUEST
+        message["header"]["flags"] = _NLM_F_REQUEST | flags
         message["header"]["sequence_number"] = self._sequence
         message.encode()
         try:
@@ -86,6 +92,8 @@ class Netlink:
         _, kind, _, _, _ = _HEADER.unpack_from(answer)
         if kind == _NLMSG_ERROR:
             (code,) = _ERROR.unpack_from(answer, _HEADER.size)
+            if not code:
+                return None
             raise NetlinkError(-code)
         decoded = type(message)(answer)
         decoded.decode()
@@ -97,3 +105,12 @@ class Netlink:
             answer, (sender, _) = self._socket.recvfrom(_LARGEST)
             if sender == 0 and _HEADER.unpack_from(answer)[3] == self._sequence:
                 return answer
+
+
+def _neighbour(address: str, family: int, ifindex: int) -> Any:
+    from pyroute2.netlink.rtnl.ndmsg import ndmsg
+
+    message = ndmsg()
+    message["family"], message["ifindex"] = family, ifindex
+    message["attrs"] = [("NDA_DST", address)]
+    return message

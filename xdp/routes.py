@@ -16,11 +16,15 @@ What is not reported is asked again after a while: a path MTU that the kernel le
 Nothing here waits for an answer of the network.  A next hop whose MAC address is not known yet, or
 wants to be confirmed, is `Elsewhere` for the moment: a datagram through a kernel socket makes the
 kernel look it up (ARP, RFC 826; neighbour discovery, RFC 4861), and the answer is reported here.
-Needs no privileges.  Not thread-safe.
+
+Whoever sends while there is no carrier makes the kernel look in vain, and it looks again only once a
+second: when the carrier is back, what it has not found is forgotten, so that it looks at once.  That
+takes CAP_NET_ADMIN; nothing else needs privileges.  Not thread-safe.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import ipaddress
 import os
@@ -59,15 +63,17 @@ _GROUPS: Final = (
 _JOINED: Final = (19, 32)  # RTNLGRP_IPV6_RULE, RTNLGRP_NEXTHOP
 _SOL_NETLINK: Final = 270
 _NETLINK_ADD_MEMBERSHIP: Final = 1
-_RTM_NEWNEIGH, _RTM_DELNEIGH = 28, 29
+_RTM_NEWLINK, _RTM_NEWNEIGH, _RTM_DELNEIGH = 16, 28, 29
 _NDA_DST, _NDA_LLADDR = 1, 2
 _HEADER: Final = struct.Struct("=IHHII")  # struct nlmsghdr
+_LINK: Final = struct.Struct("=BxHiI")  # struct ifinfomsg, without ifi_change
 _NEIGH: Final = struct.Struct("=BxxxiHBB")  # struct ndmsg
 _ATTRIBUTE: Final = struct.Struct("=HH")
 _RECEIVE_BUFFER: Final = 1 << 20  # bytes; thousands of reports
 _MESSAGES: Final = 1 << 16
 
 # linux/neighbour.h
+_INCOMPLETE, _FAILED = 0x01, 0x20
 _STALE: Final = 0x04
 _USABLE: Final = 0x02 | _STALE | 0x08 | 0x10 | 0x80  # reachable, delay, probe, permanent
 
@@ -75,6 +81,7 @@ _USABLE: Final = 0x02 | _STALE | 0x08 | 0x10 | 0x80  # reachable, delay, probe, 
 _UNICAST, _MULTICAST = 1, 5
 _RTCF_LOCAL: Final = 0x80000000
 _IFF_UP: Final = 0x1
+_IFF_RUNNING: Final = 0x40  # the carrier, as far as datagrams are concerned
 _IFF_NOARP: Final = 0x80
 
 _TAG: Final = 0x8100  # IEEE 802.1Q
@@ -160,6 +167,7 @@ class Router:
         #: counts reports: while it stays, so do all answers, but for those that are passing or too old
         self.version = 0
         self._left, self._refreshes = BUDGET, REFRESHES
+        self._carrier = True
         # First the subscription, then the questions, so that nothing falls between the two.
         self._reports = socket.socket(
             socket.AF_NETLINK,
@@ -240,6 +248,31 @@ class Router:
                     self._neighbour_changed(kind, body)
                 else:
                     self._forget()
+                    if kind == _RTM_NEWLINK:
+                        self._link_changed(body)
+
+    def _link_changed(self, body: bytes) -> None:
+        if len(body) < _LINK.size:
+            return
+        _family, _type, ifindex, flags = _LINK.unpack_from(body)
+        if ifindex != self.ifindex:
+            return
+        before, self._carrier = self._carrier, bool(flags & _IFF_RUNNING)
+        if self._carrier and not before:
+            self._look_again()
+
+    def _look_again(self) -> None:
+        """The carrier is back: what the kernel has not found meanwhile, it is to look for at once."""
+        from pyroute2.netlink.exceptions import NetlinkError
+
+        missing = [key for key, hop in self._hops.items() if hop.mac is None]
+        for ifindex, packed in missing[:BUDGET]:
+            address = ipaddress.ip_address(packed)
+            family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+            with contextlib.suppress(NetlinkError):  # not there, or not ours to change
+                entry = self._netlink.neighbour(str(address), family, ifindex)
+                if entry["state"] & (_INCOMPLETE | _FAILED):
+                    self._netlink.forget_neighbour(str(address), family, ifindex)
 
     def _forget(self) -> None:
         self._routes.clear()

@@ -158,6 +158,37 @@ def test_neighbours_come_change_and_go(lab: Lab, router: Router) -> None:
     assert unknown(router, "10.81.0.50").reason
 
 
+@pytest.mark.parametrize("version", [4, 6])
+def test_who_was_not_found_without_a_carrier_is_looked_for_when_it_is_back(
+    lab: Lab, router: Router, version: int
+) -> None:
+    """The kernel asks once a second.  Here it gets no answer, so what it has does not change by itself."""
+    address = str(lab.client.ipv4 if version == 4 else lab.client.ipv6)
+
+    def state() -> str:
+        found = json.loads(ip(lab.server, "-j", "neigh", "show", "to", address, "nud", "all"))
+        return found[0].get("state", ["NONE"])[0] if found else "NONE"
+
+    ip(lab.client, "link", "set", lab.client.interface, "down")
+    until(lambda: "NO-CARRIER" in ip(lab.server, "link", "show", lab.server.interface), "no carrier")
+    router.poll()
+    assert isinstance(router.find(address, NOW), Elsewhere)
+    family = socket.AF_INET if version == 4 else socket.AF_INET6
+    with lab.server.enter(), socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.sendto(b"nobody hears", (address, 9))
+    assert state() in {"INCOMPLETE", "FAILED"}
+    # The address is gone: nobody answers.
+    ip(lab.client, "address", "flush", "dev", lab.client.interface)
+    ip(lab.client, "link", "set", lab.client.interface, "up")
+
+    def back() -> bool:
+        router.poll()
+        return router._carrier
+
+    until(back, "a carrier")
+    assert state() == "NONE"
+
+
 def test_one_that_is_stale_is_confirmed_by_the_kernel_once(lab: Lab, router: Router) -> None:
     dev = ("dev", lab.server.interface)
     ip(lab.server, "neigh", "replace", "10.81.0.50", "lladdr", "02:00:00:00:00:50", "nud", "reachable", *dev)

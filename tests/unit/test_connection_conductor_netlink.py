@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+from errno import ECONNREFUSED, EHOSTDOWN, EHOSTUNREACH, ENETDOWN, ENETUNREACH
+
+import pytest
+
 from tests.unit.connection_world import World, warm
 from userspace.connection.conductor import ConductorSettings
 from userspace.connection.grading import Status
@@ -57,6 +61,31 @@ def test_those_who_went_down_together_come_back_together() -> None:
     assert conductor.send(world.now, 1, b"x")
     world.run(1.0)
     assert conductor.snapshot().ended == {"refused": 1}  # and not link_down
+
+
+@pytest.mark.parametrize("everybody", [True, False])
+@pytest.mark.parametrize("errno", [EHOSTUNREACH, ENETUNREACH, ENETDOWN, EHOSTDOWN])
+def test_no_way_says_nothing_of_a_peer_while_the_link_is_down(errno: int, everybody: bool) -> None:
+    """Three seconds after the carrier has gone the kernel has given up looking for every neighbour."""
+    world = World(settings=SHORT)
+    warm(world, "a", "b")
+    conductor = world.conductor
+    (one,) = [number for number in conductor.links if conductor.endpoint(number) == "a"]
+    conductor.on_link(world.now, False, None if everybody else [one])
+    conductor.on_error(world.now, one, errno)
+    assert conductor.state(one).state is State.CONNECTED
+    conductor.on_link(world.now, True)
+    conductor.on_error(world.now, one, errno)
+    assert sum(conductor.snapshot().ended.values()) == 1
+
+
+def test_that_nobody_listens_is_said_by_the_peer() -> None:
+    world = World(settings=SHORT)
+    warm(world, "a")
+    world.conductor.on_link(world.now, False)
+    (one,) = world.conductor.links
+    world.conductor.on_error(world.now, one, ECONNREFUSED)
+    assert sum(world.conductor.snapshot().ended.values()) == 1
 
 
 def test_numbers_that_never_were_change_nothing() -> None:

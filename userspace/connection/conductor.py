@@ -243,11 +243,17 @@ class Conductor(ConductorCore):
             self.settle(now)
 
     def on_error(self, now: float, connection: int, errno: int) -> None:
-        """The socket reported an error for the connection's peer (ICMP)."""
+        """The socket reported an error for the connection's peer (ICMP).
+
+        That there is no way, while our own link is down, is what the kernel says of every peer: no live
+        connection ends for it.
+        """
         now = self._clock(now)
         link = self.links.get(connection)
         if link is None or link.transport is None:
             self.stray += 1
+            return
+        if link.live and errno != ECONNREFUSED and errno in _ABSENT and (self._down or link.peer.down):
             return
         self._dirty[connection] = link
         link.transport.on_error(now, errno)
