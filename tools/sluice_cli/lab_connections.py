@@ -51,8 +51,8 @@ from xdp.errors import SluiceError
 
 #: Seconds, 99 of 100 connections, from what netlink reports (a cut), from the end (of all else).
 BACK: Final = 1.0
-#: Seconds: the kernel asks for a neighbour once in so many (RFC 4861, 10: RETRANS_TIMER), first of all
-#: when the other host's IPv6 is not ready yet.
+#: Seconds: the kernel asks for a neighbour once in so many (arp(7): retrans_time; RFC 4861, 10),
+#: and over kernel sockets nobody here makes it ask at once.
 SOLICITATION: Final = 1.0
 #: Seconds, all connections: one longest delay and its jitter, which is within it, and an attempt.
 BLACKHOLE: Final = CAP + 3.0
@@ -161,7 +161,7 @@ def cut(room: Room, plan: Plan) -> dict[str, Any]:
         "kinds": told,
         "netlink_late": room.carrier.link_up_at - up,
         "lost": lost,
-        "thresholds": _limits(told, "p99", BACK + (SOLICITATION if plan.version == 6 else 0.0)),
+        "thresholds": _limits(told, "p99", BACK if room.over_frames else BACK + SOLICITATION),
     }
 
 

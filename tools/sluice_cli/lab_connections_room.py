@@ -133,6 +133,8 @@ class Room:
                 open_lanes(Policy.parse(POLICY), interface=interface, mode=mode)
             )
             self.mode = lanes.mode
+            #: Whether datagrams leave as frames, and not through kernel sockets.
+            self.over_frames = self.mode not in {"mmsg", "portable"}
             watch = LinkWatch(lab.server.interface)
             self._cleanup.callback(watch.close)
             size = sum(len(group.endpoints) for group in self.groups)
