@@ -7,13 +7,14 @@ import asyncio
 import contextlib
 import errno
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from sluice_cli.lab import Lab
 from tests.cable import NATIVE
+from tests.kernel.aio_lanes import program, take, to_client
 from tests.kernel.datapath import (
     POLICY,
     VOTES,
@@ -21,7 +22,6 @@ from tests.kernel.datapath import (
     balanced,
     client_socket,
     lanes_on,
-    load,
     open_files,
     open_on,
     server_address,
@@ -33,7 +33,6 @@ from tests.unit.event_loops import Run, asyncio_only, cancelled_at, readers, run
 from userspace.datagram import aio
 from userspace.datagram.aio import AsyncLanes
 from userspace.datagram.descriptors import Mode
-from userspace.datagram.destination import Destination
 from userspace.datagram.lanes import open_lanes
 from userspace.datagram.owned_lanes import open_owned
 from userspace.datagram.xsk_lanes import XskLanes
@@ -41,32 +40,9 @@ from xdp.errors import InterfaceGoneError, OwnerGoneError
 from xdp.policy import Policy
 from xdp.program import SteerProgram
 
-__all__ = ["run"]  # a fixture: in use, though only as an argument
+__all__ = ["program", "run"]  # fixtures: in use, though only as arguments
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
-
-SMALL_RING = 64  # the smallest
-SO_RCVBUFFORCE = 33
-
-
-@pytest.fixture(scope="module", name="program")
-def _program() -> Iterator[SteerProgram]:
-    loaded = load()
-    yield loaded
-    loaded.close()
-
-
-def to_client(lab: Lab, port: int) -> Destination:
-    return Destination(lab.server.mac, lab.client.mac, ("10.81.0.1", VOTES), ("10.81.0.2", port))
-
-
-async def take(lanes: XskLanes, count: int) -> list[bytes]:
-    found: list[bytes] = []
-    async for batch in AsyncLanes(lanes):
-        found += map(bytes, batch)
-        if len(found) >= count:
-            break
-    return found
 
 
 @pytest.mark.parametrize("mode", [NATIVE, "generic-copy"])

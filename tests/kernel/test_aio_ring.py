@@ -7,22 +7,23 @@ import asyncio
 import errno
 import socket
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
 
 from sluice_cli.lab import Lab
+from tests.kernel.aio_lanes import SMALL_RING, program, take, to_client
 from tests.kernel.datapath import (
     BULK,
     POLICY,
     SECONDS,
+    SO_RCVBUFFORCE,
     VOTES,
     attached,
     balanced,
     client_socket,
     lanes_on,
-    load,
     open_on,
     server_address,
 )
@@ -31,7 +32,6 @@ from tests.kernel.test_kernel_sockets_faults import Bottleneck
 from tests.unit.event_loops import Run, asyncio_only, cancelled_at, run, until
 from userspace.datagram.aio import AsyncLanes
 from userspace.datagram.batch import Batch
-from userspace.datagram.destination import Destination
 from userspace.datagram.fanout import Fanout
 from userspace.datagram.lanes import open_lanes
 from userspace.datagram.xsk_lanes import XskLanes
@@ -39,32 +39,9 @@ from xdp.errors import InterfaceGoneError, UnsupportedError, UsageError
 from xdp.policy import Policy
 from xdp.program import SteerProgram
 
-__all__ = ["run"]  # a fixture: in use, though only as an argument
+__all__ = ["program", "run"]  # fixtures: in use, though only as arguments
 
 pytestmark = [pytest.mark.root, pytest.mark.bpf]
-
-SMALL_RING = 64  # the smallest
-SO_RCVBUFFORCE = 33
-
-
-@pytest.fixture(scope="module", name="program")
-def _program() -> Iterator[SteerProgram]:
-    loaded = load()
-    yield loaded
-    loaded.close()
-
-
-def to_client(lab: Lab, port: int) -> Destination:
-    return Destination(lab.server.mac, lab.client.mac, ("10.81.0.1", VOTES), ("10.81.0.2", port))
-
-
-async def take(lanes: XskLanes, count: int) -> list[bytes]:
-    found: list[bytes] = []
-    async for batch in AsyncLanes(lanes):
-        found += map(bytes, batch)
-        if len(found) >= count:
-            break
-    return found
 
 
 def set_link(lab: Lab, state: str) -> None:

@@ -10,6 +10,7 @@ from ipaddress import ip_address
 
 import pytest
 
+from userspace.datagram import aio
 from userspace.datagram.mmsg import MmsgLanes
 from userspace.datagram.portable import PortableLanes
 from userspace.datagram.socket_statistics import SocketStatistics
@@ -154,3 +155,16 @@ def settled(lanes: Lanes, received: int) -> SocketStatistics:
     while lanes.statistics().received < received and time.monotonic() < deadline:
         lanes.try_receive(1).release()
     return lanes.statistics()
+
+
+@pytest.fixture
+def sender(port: int) -> Iterator[Sender]:
+    with Sender(port) as made:
+        yield made
+
+
+def nothing_left(lanes: Lanes) -> None:
+    """No frame is held, no event loop watches them, and the counters add up."""
+    assert lanes.census()["held"] == 0
+    assert id(lanes) not in aio._watched
+    assert lanes.statistics().balanced

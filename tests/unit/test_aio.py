@@ -9,7 +9,6 @@ import gc
 import threading
 import time
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,8 +20,10 @@ from tests.unit.socket_backends import (
     Open,
     Sender,
     backend,
+    nothing_left,
     open_lanes,
     port,
+    sender,
 )
 from userspace.datagram import aio
 from userspace.datagram.aio import AsyncLanes
@@ -31,20 +32,7 @@ from userspace.datagram.batch import Batch
 from userspace.datagram.sockets import ServiceSocket, open_service_sockets
 from xdp.errors import InterfaceGoneError, UsageError
 
-__all__ = ["backend", "open_lanes", "port", "run"]  # fixtures: in use, though only as arguments
-
-
-@pytest.fixture(name="sender")
-def _sender(port: int) -> Iterator[Sender]:
-    with Sender(port) as made:
-        yield made
-
-
-def nothing_left(lanes: Lanes) -> None:
-    """No frame is held, nobody is registered, and the counters add up."""
-    assert lanes.census()["held"] == 0
-    assert id(lanes) not in aio._watched
-    assert lanes.statistics().balanced
+__all__ = ["backend", "open_lanes", "port", "run", "sender"]  # fixtures: in use, though only as arguments
 
 
 async def take(lanes: Lanes, count: int, **options: Any) -> list[bytes]:

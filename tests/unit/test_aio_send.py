@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
 
 import pytest
 
@@ -17,29 +16,17 @@ from tests.unit.socket_backends import (
     backend,
     free_port,
     make_policy,
+    nothing_left,
     open_lanes,
     port,
+    sender,
 )
-from userspace.datagram import aio
 from userspace.datagram.aio import AsyncLanes
 from userspace.datagram.destination import Destination
 from userspace.datagram.fanout import Fanout
 from xdp.errors import UsageError
 
-__all__ = ["backend", "open_lanes", "port", "run"]  # fixtures: in use, though only as arguments
-
-
-@pytest.fixture(name="sender")
-def _sender(port: int) -> Iterator[Sender]:
-    with Sender(port) as made:
-        yield made
-
-
-def nothing_left(lanes: Lanes) -> None:
-    """No frame is held, nobody is registered, and the counters add up."""
-    assert lanes.census()["held"] == 0
-    assert id(lanes) not in aio._watched
-    assert lanes.statistics().balanced
+__all__ = ["backend", "open_lanes", "port", "run", "sender"]  # fixtures: in use, though only as arguments
 
 
 def test_what_sending_tells(open_lanes: Open, sender: Sender, run: Run) -> None:

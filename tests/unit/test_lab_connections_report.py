@@ -42,8 +42,8 @@ def test_thresholds_are_met_or_not() -> None:
 
 
 def test_groups_of_peers_by_what_they_are_for() -> None:
-    assert lab._groups(lab.Plan(10, 2, 1.0)) == ["udp", "quic", *lab.VICTIMS]
-    assert lab._groups(lab.Plan(10, 0, 1.0)) == ["udp", *lab.VICTIMS]
+    assert lab._groups(lab.Plan(10, 2, 1.0, 4)) == ["udp", "quic", *lab.VICTIMS]
+    assert lab._groups(lab.Plan(10, 0, 1.0, 4)) == ["udp", *lab.VICTIMS]
     assert set(lab.VICTIMS) <= set(lab.TRIALS)
 
 
