@@ -124,6 +124,10 @@ def test_questions_have_the_high_lane_and_the_flood_the_low_one() -> None:
         classifier.classify_datagram("10.81.0.2", 9000, payload, 0).lane for payload in (question, bytes(22))
     ]
     assert lanes == [0, 1]
+    assert [bench_policy(9000, timestamps=wanted).lanes[0].timestamps for wanted in (False, True)] == [
+        False,
+        True,
+    ]
     one = Classifier(bench_policy(9000))
     assert one.classify_datagram("10.81.0.2", 9000, bytes(22), 0).lane == 0
 

@@ -102,13 +102,14 @@ lane = "bench"
 """
 
 
-def bench_policy(port: int) -> Policy:
+def bench_policy(port: int, *, timestamps: bool = False) -> Policy:
     """One lane for everybody on ``port``; heartbeats are answered on another."""
     return Policy.parse(
         f"""
         version = 1
         [[lane]]
         name = "bench"
+        timestamps = {str(timestamps).lower()}
         [[service]]
         name = "bench"
         ports = [{port}]
@@ -223,10 +224,17 @@ class Room:
         finally:
             self.use(mode)
 
-    @contextlib.contextmanager
-    def two_lanes(self) -> Iterator[None]:
+    def two_lanes(self) -> contextlib.AbstractContextManager[None]:
         """The generator's packets go to a lower lane than questions do."""
-        self.program.swap(compile_policy(two_lanes_policy(PORT)))
+        return self._under(two_lanes_policy(PORT))
+
+    def timestamps(self) -> contextlib.AbstractContextManager[None]:
+        """Frames carry the time at which they came."""
+        return self._under(bench_policy(PORT, timestamps=True))
+
+    @contextlib.contextmanager
+    def _under(self, policy: Policy) -> Iterator[None]:
+        self.program.swap(compile_policy(policy))
         try:
             yield
         finally:

@@ -91,7 +91,8 @@ def soaks(
         named = {"path": path, "direction": "soak", "size": size, "rate": rate}
 
         def once(path: str = path) -> dict[str, Any]:
-            return _soak(progress, room, path, rate=rate, size=size, seconds=seconds)
+            with room.timestamps():
+                return _soak(progress, room, path, rate=rate, size=size, seconds=seconds)
 
         rows.append(progress.attempt(named, once))
     return rows
