@@ -37,8 +37,8 @@ BPF_TABLE("array", u32, struct packet, scratch, SLUICE_CPUS);
 /*
  * Two clocks, both CLOCK_MONOTONIC.  The coarse one is a number in memory that the
  * kernel's tick moves on, by 1 to 10 ms; it says who was silent longest.  The exact
- * one reads the CPU's counter and waits for all loads before it: 30 ns, a third of
- * what a packet costs without it.  So it is read once a packet, and only for a packet
+ * one reads the CPU's counter and waits for all loads before it: some 30 ns, where
+ * all else of a packet takes 55.  So it is read once a packet, and only for a packet
  * that a limit or a timestamp needs it for.
  */
 static __always_inline u64 coarse_time(struct packet *packet)
