@@ -110,7 +110,7 @@ class Batch:
     ``classes``   B  of the sender, 0: in nobody's prefix
     ``services``  B  of the destination port, 0: unknown
     ``peers``     I  number of the configured peer, 0: stranger
-    ``times``     Q  when the XDP program (or the kernel) saw it, ns of CLOCK_MONOTONIC;
+    ``times``     Q  when it was read, or came in lanes with timestamps, ns of CLOCK_MONOTONIC;
                      where nobody said: when it was received
     ============ === ==================================================================
 
