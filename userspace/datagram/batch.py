@@ -110,8 +110,8 @@ class Batch:
     ``classes``   B  of the sender, 0: in nobody's prefix
     ``services``  B  of the destination port, 0: unknown
     ``peers``     I  number of the configured peer, 0: stranger
-    ``times``     Q  when it was read, or came in lanes with timestamps, ns of CLOCK_MONOTONIC;
-                     where nobody said: when it was received
+    ``times``     Q  when it was read, or, in lanes with timestamps, when it came; ns of
+                     CLOCK_MONOTONIC
     ============ === ==================================================================
 
     ``batch[i]`` is a writable memoryview of a payload, made when asked for.
