@@ -53,6 +53,10 @@ BUDGET: Final = 16
 #: Of these, routes that are only too old: they are right as far as anybody has said.
 REFRESHES: Final = 2
 
+#: Neighbours that the kernel is made to look for when the carrier is back, two questions each: some 20 ms once.
+#: The others wait for its own timer, up to a second.
+_LOOKS: Final = 128
+
 #: Addresses remembered; the oldest go first.
 _MAX_ROUTES: Final = 65_536
 
@@ -266,7 +270,7 @@ class Router:
         from pyroute2.netlink.exceptions import NetlinkError
 
         missing = [key for key, hop in self._hops.items() if hop.mac is None]
-        for ifindex, packed in missing[:BUDGET]:
+        for ifindex, packed in missing[:_LOOKS]:
             address = ipaddress.ip_address(packed)
             family = socket.AF_INET if address.version == 4 else socket.AF_INET6
             with contextlib.suppress(NetlinkError):  # not there, or not ours to change

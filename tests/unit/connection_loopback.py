@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,10 +18,32 @@ from userspace.connection.heartbeat import Heartbeats, is_heartbeat
 from userspace.connection.pool_settings import PoolSettings
 from userspace.connection.transport import Transport
 from userspace.connection.udp import UdpConnection
+from xdp.policy import Policy
 
 SECRET = bytes(range(16))
 TWO = ConductorSettings(pool=PoolSettings(min_size=0, min_per_endpoint=2, max_size=20))
 ONE = ConductorSettings(pool=PoolSettings(min_size=0, min_per_endpoint=1, max_size=20))
+
+
+def plain_policy(number: int) -> Policy:
+    """Everything is for the application."""
+    return Policy.parse(
+        f"""
+version = 1
+default_class = "anybody"
+[[lane]]
+name = "all"
+[[class]]
+name = "anybody"
+prefixes = []
+[[service]]
+name = "peers"
+ports = [{number}]
+[[service.rule]]
+action = "lane"
+lane = "all"
+"""
+    )
 
 
 class Answering(asyncio.DatagramProtocol):
@@ -56,6 +79,12 @@ async def listen(host: str = "127.0.0.1", port: int = 0) -> Answering:
     """A peer there."""
     loop = asyncio.get_running_loop()
     _, protocol = await loop.create_datagram_endpoint(Answering, local_addr=(host, port))
+    return protocol
+
+
+async def listen_on(sock: socket.socket) -> Answering:
+    """A peer at a socket, of another host of the lab, say; it is the peer's from now on."""
+    _, protocol = await asyncio.get_running_loop().create_datagram_endpoint(Answering, sock=sock)
     return protocol
 
 

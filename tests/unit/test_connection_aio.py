@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.connection_loopback import ONE, TWO, balanced, connected, listen, make, peers
+from tests.unit.connection_loopback import ONE, TWO, balanced, connected, listen, make, peers, plain_policy
 from tests.unit.event_loops import Run, asyncio_only, cancelled_at, readers, run, until  # noqa: F401
 from tests.unit.socket_backends import Open, backend, free_port, open_lanes, port  # noqa: F401
 from userspace.connection.aio_carrier import lane_ports, sockets
@@ -19,28 +19,6 @@ from userspace.connection.conductor import ConductorSettings
 from userspace.connection.pool_settings import PoolSettings
 from userspace.connection.waiters import PoolClosedError, PoolTimeoutError
 from xdp.errors import UsageError
-from xdp.policy import Policy
-
-
-def plain_policy(number: int) -> Policy:
-    """Everything is for the application."""
-    return Policy.parse(
-        f"""
-version = 1
-default_class = "anybody"
-[[lane]]
-name = "all"
-[[class]]
-name = "anybody"
-prefixes = []
-[[service]]
-name = "peers"
-ports = [{number}]
-[[service.rule]]
-action = "lane"
-lane = "all"
-"""
-    )
 
 
 def test_messages_over_sockets(run: Run) -> None:  # noqa: F811
