@@ -53,7 +53,7 @@ BUDGET: Final = 16
 #: Of these, routes that are only too old: they are right as far as anybody has said.
 REFRESHES: Final = 2
 
-#: Neighbours that the kernel is made to look for when the carrier is back, two questions each: some 20 ms once.
+#: Neighbours that the kernel is made to look for when the carrier is back, two questions each: 20 ms once.
 #: The others wait for its own timer, up to a second.
 _LOOKS: Final = 128
 
