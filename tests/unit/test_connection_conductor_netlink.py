@@ -7,7 +7,7 @@ from errno import ECONNREFUSED, EHOSTDOWN, EHOSTUNREACH, ENETDOWN, ENETUNREACH
 
 import pytest
 
-from tests.unit.connection_world import World, warm
+from tests.unit.connection_world import ONE, World, warm
 from userspace.connection.conductor import ConductorSettings
 from userspace.connection.grading import Status
 from userspace.connection.pool_settings import PoolSettings
@@ -77,6 +77,20 @@ def test_no_way_says_nothing_of_a_peer_while_the_link_is_down(errno: int, everyb
     conductor.on_link(world.now, True)
     conductor.on_error(world.now, one, errno)
     assert sum(conductor.snapshot().ended.values()) == 1
+
+
+def test_who_is_open_when_the_link_is_down_already_is_not_judged() -> None:
+    """Its peer's last datagram came after netlink's word."""
+    world = World(settings=ONE)
+    world.add("a")
+    world.conductor.warm_pool(world.now)
+    world.conductor.on_link(world.now, False)
+    assert world.run(1.0, lambda: world.states() == {State.CONNECTED: 1})
+    world.hosts["a"].reachable = False
+    world.run(60.0)
+    assert world.states() == {State.CONNECTED: 1}
+    world.conductor.on_link(world.now, True)
+    assert world.run(20.0, lambda: world.states() != {State.CONNECTED: 1})  # now it is
 
 
 def test_that_nobody_listens_is_said_by_the_peer() -> None:

@@ -294,6 +294,8 @@ class ConductorCore:
         self.reconnection.on_connected(now, peer.key)
         peer.unproved = self.reconnection.look(peer.key) is not None
         self.monitor.add(now, number)
+        if self._down and self._down_with is None:  # its last datagram was on its way here
+            self.monitor.on_link(now, False, [number])
         self.pool.on_opened(now, number)
 
     def _heard(self, now: float, link: Link) -> None:

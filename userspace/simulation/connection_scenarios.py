@@ -142,6 +142,8 @@ def _one_way(world: World) -> None:
 def _link(world: World) -> None:
     random = world.random
     deaths(world, Life.OFF, peers=some(world, 0.2), between=(0.5, 3.0), lasting=(0.1, 1.0))
+    # No connection ends because the link is down: of these some wait for their next attempt when it is back.
+    deaths(world, Life.STOPPED, peers=some(world, 0.5), between=(3.8, 4.2), lasting=(0.8, 1.0))
     link(world, 5.0 + random.random(), random.uniform(0.2, 15.0), told=True, route=random.random() < 0.5)
 
 
