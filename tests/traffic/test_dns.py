@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
 
-from sluice_cli.lab_dns import STAMP, ZONE, query
+from sluice_cli import lab_dns
+from sluice_cli.lab import Lab
+from sluice_cli.lab_dns import STAMP, ZONE, Answers, query
+from sluice_cli.output import Output
 from sluice_cli.traffic import STAMP_BYTES
 from tests.traffic.commands import interrupt, refused, report
 
@@ -46,6 +50,25 @@ class TestFlood:
         assert (without["sluice"], protected["sluice"]) == (False, True)
         assert protected["lost"] == 0
         assert document["ok"] is True
+
+    def test_the_neighbour_table_is_not_filled(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """All namespaces of the machine share its places: looking for each stranger stops others."""
+        entries: list[dict[str, object]] = []
+        made: list[Lab] = []
+
+        class Watched(Answers):
+            def __init__(self, lab: Lab) -> None:
+                made.append(lab)
+                super().__init__(lab)
+
+            def settle(self) -> None:
+                super().settle()
+                entries.extend(json.loads(made[0].server.run(["ip", "-4", "-j", "neigh", "show"]).stdout))
+
+        monkeypatch.setattr(lab_dns, "Answers", Watched)
+        done = lab_dns.run_once(Output(), sluice=False, seconds=1.0, flood=50_000)
+        assert done.flood > 10_000
+        assert [entry["dst"] for entry in entries] == [str(made[0].client.ipv4)]
 
     def test_interrupted(self) -> None:
         interrupt(

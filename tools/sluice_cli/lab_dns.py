@@ -42,8 +42,7 @@ DNS_PORT: Final = 53
 QUERY_PORT: Final = 5353
 ZONE: Final = "lab.example"
 QUERY_RATE: Final = 1000  # questions per second of the known resolver
-FLOOD_SOURCES: Final = 32768
-STRANGERS: Final = IPv4Network("10.81.64.0/18")
+STRANGERS: Final = IPv4Network("10.81.128.0/17")
 _START_SECONDS: Final = 60.0  # of the server or of `sluice up`, which compiles; on a busy machine
 #: After the last question, for answers that are on their way.
 _QUIET_SECONDS: Final = 0.5
@@ -232,7 +231,7 @@ def run_once(output: Output, *, sluice: bool, seconds: float, flood: int) -> Run
         generator.start(
             [
                 Stream([Template(known, stamp=STAMP)], rate=QUERY_RATE, name="known"),
-                Stream([Template(other)], rate=flood, sources=FLOOD_SOURCES, name="flood"),
+                Stream([Template(other)], rate=flood, sources=STRANGERS.num_addresses, name="flood"),
             ],
             seconds,
         )
