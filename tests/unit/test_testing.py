@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -87,28 +88,45 @@ def test_failures_and_errors_fail(checkout: Path) -> None:
     assert (result.passed, result.failed, result.problem) == (1, 2, "2 failed")
 
 
+def meeting(checkout: Path, level: str, others: Sequence[str]) -> str:
+    """A test that passes only while, or after, others run."""
+    signs = [str(checkout / other) for other in others]
+    return (
+        "import time\nfrom pathlib import Path\n"
+        "def test_meets_the_others():\n"
+        f"    Path({str(checkout / level)!r}).touch()\n"
+        "    deadline = time.monotonic() + 60\n"
+        f"    while not all(Path(other).exists() for other in {signs!r}):\n"
+        "        assert time.monotonic() < deadline\n"
+        "        time.sleep(0.01)\n"
+    )
+
+
 def test_levels_at_the_same_time(checkout: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Each waits for the others, so only together can they pass; the output of one follows the other's."""
-    levels = ("unit", "kernel", "traffic")
+    """Three wait for each other; the last takes the place of one that ends, for two wait for it as well."""
+    levels = ("unit", "kernel", "traffic", "simulation")
+    meets = {
+        "unit": levels,
+        "kernel": ("unit", "kernel", "traffic"),
+        "traffic": levels,
+        "simulation": ("simulation",),
+    }
     for level in levels:
         (checkout / "tests" / level).mkdir(exist_ok=True)
-        others = [str(checkout / other) for other in levels if other != level]
-        add_test(
-            checkout,
-            level,
-            "import time\nfrom pathlib import Path\n"
-            "def test_meets_the_others():\n"
-            f"    Path({str(checkout / level)!r}).touch()\n"
-            "    deadline = time.monotonic() + 60\n"
-            f"    while not all(Path(other).exists() for other in {others!r}):\n"
-            "        assert time.monotonic() < deadline\n"
-            "        time.sleep(0.01)\n",
-        )
+        add_test(checkout, level, meeting(checkout, level, meets[level]))
     results = run_levels(checkout, levels, [], None, Output(), together=True, stop=False)
     assert [(one.level, one.passed, one.problem) for one in results] == [(level, 1, "") for level in levels]
+    assert all(one.seconds > 0 for one in results)
     out = capfd.readouterr().out
     places = [out.index(text) for level in levels for text in (f"== {level}", f"tests/{level}")]
     assert places == sorted(places)
+
+
+def test_stopped_at_the_first_failure(checkout: Path) -> None:
+    add_test(checkout, "unit", "def test_a(): assert 0\n")
+    add_test(checkout, "kernel", "def test_b(): pass\n")
+    results = run_levels(checkout, ["unit", "kernel"], [], None, Output(json=True), together=False, stop=True)
+    assert [(one.level, one.problem) for one in results] == [("unit", "1 failed")]
 
 
 SKIPPING = "import pytest\ndef test_a(): pytest.skip('no kernel')\ndef test_b(): pass\n"
@@ -287,8 +305,8 @@ def test_checkout_is_found() -> None:
     assert not has_tests(ROOT, "none")
 
 
-#: Not all of the level's files: importing them takes several seconds.
-FEW = ("--", "--ignore-glob=*/tests/unit/test_[!h]*.py")
+#: Not all of the level's files: importing them takes several seconds.  Below the folder that pytest runs in.
+FEW = ("--", "--ignore-glob=tests/unit/test_[!h]*.py")
 
 
 def command(*arguments: str, before: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
@@ -339,7 +357,7 @@ def test_without_bpf_levels_that_need_it_fail_at_once() -> None:
     assert "hint: run as root, or choose --level unit" in done.stderr
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 1)])
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interruption_lets_tests_clean_up(checkout: Path, sent: signal.Signals, code: int) -> None:
     add_test(
         checkout,

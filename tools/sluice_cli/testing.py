@@ -11,6 +11,7 @@ import contextlib
 import errno
 import importlib.util
 import os
+import select
 import shutil
 import signal
 import struct
@@ -22,7 +23,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import NoReturn, Self
 
 import click
 
@@ -40,8 +41,9 @@ LEVELS = {
 # Of these a skipped test means that something went unproved: it counts as failed; see sluice_cli.skips.
 NEED_BPF = ("kernel", "traffic")
 
-# The levels that --together runs beside the others: they wait for packets and timers more than they compute.
-BESIDE = ("kernel", "traffic")
+# Levels that --together runs at once, on two CPUs: kernel and traffic wait for packets and timers more than
+# they compute.
+AT_ONCE = 3
 
 # Without coverage: it computes all the time, tracing makes it three times as long, and the unit tests cover
 # what it runs.
@@ -84,7 +86,7 @@ class Result:
 @click.option(
     "--together",
     is_flag=True,
-    help="Run the levels kernel and traffic beside the others: takes two CPUs, and half the time.",
+    help="Run levels at the same time: takes two CPUs, and half the time.",
 )
 @click.option("-k", "expression", metavar="EXPRESSION", help="Only tests whose name matches, as pytest's -k.")
 @click.option(
@@ -154,26 +156,23 @@ def run_levels(
     together: bool,
     stop: bool,
 ) -> list[Result]:
-    """All levels in turn; ``together``: some beside the others, their output after that of the others."""
-    results = []
+    """All levels in turn; ``together``: several at once, the output of each after that of the one before."""
+    results: list[Result] = []
+    waiting = list(chosen)
+    started: dict[str, Level] = {}
     with contextlib.ExitStack() as cleanup:
-        beside = [
-            cleanup.enter_context(Level(root, name, arguments, data, output, beside=True))
-            for name in chosen
-            if together and len(chosen) > 1 and name in BESIDE
-        ]
-        started = {level.name for level in beside}
         for name in chosen:
-            if name in started:
-                continue
-            with Level(root, name, arguments, data, output, beside=False) as level:
-                results.append(level.finish())
+            while name not in started or started[name].running:
+                running = [level for level in started.values() if level.running]
+                while waiting and len(running) < (AT_ONCE if together else 1):
+                    beside = together and waiting[0] != chosen[0]
+                    level = Level(root, waiting[0], arguments, data, output, beside=beside)
+                    started[waiting.pop(0)] = cleanup.enter_context(level)
+                    running.append(level)
+                wait_for_any([level.child for level in running])
+            results.append(started[name].finish())
             if stop and results[-1].problem:
-                return results
-        for level in beside:
-            results.append(level.finish())
-            if stop and results[-1].problem:
-                return results
+                break
     return results
 
 
@@ -243,7 +242,7 @@ class Level:
     """One level's pytest process; a context manager that leaves no process behind.
 
     It writes to our stdout, or to stderr when stdout is for JSON; with ``beside`` into a file that
-    ``finish`` shows, so that several levels can run at the same time.
+    ``finish`` shows, so that several levels can run at the same time.  ``child`` is the process.
     """
 
     def __init__(
@@ -271,7 +270,8 @@ class Level:
         if not beside:
             self._announce()
         self._start = time.monotonic()
-        self._child = subprocess.Popen(
+        self._seconds = 0.0
+        self.child = subprocess.Popen(
             command,
             cwd=root,
             env=environment,
@@ -285,48 +285,70 @@ class Level:
             self._output.line(f"== {self.name}: {LEVELS[self.name]}", "bold")
             sys.stdout.flush()
 
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended yet."""
+        if self._seconds == 0.0 and self.child.poll() is not None:
+            self._seconds = time.monotonic() - self._start
+        return self._seconds == 0.0
+
     def finish(self) -> Result:
-        """Wait for its end; what came of it."""
-        code = wait_for(self._child)
+        """What came of it; it has ended."""
         if self._log is not None:
             self._announce()
             self._log.seek(0)
             shutil.copyfileobj(self._log, sys.stderr if self._output.json else sys.stdout)
         result = read_report(self.name, self._report)
-        result.seconds = time.monotonic() - self._start
-        result.problem = judge(result, code, self._root, filtered=self._filtered)
+        result.seconds = self._seconds
+        result.problem = judge(result, self.child.wait(), self._root, filtered=self._filtered)
         return result
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._child.poll() is None:
-            self._child.send_signal(signal.SIGINT)
-            try:
-                self._child.wait(TEARDOWN)
-            except subprocess.TimeoutExpired:
-                self._child.kill()
-                self._child.wait()
+        if self.child.poll() is None:
+            self.child.send_signal(signal.SIGINT)
+            end_soon([self.child])
         if self._log is not None:
             self._log.close()
         self._directory.cleanup()
 
 
-def wait_for(child: subprocess.Popen[bytes]) -> int:
-    """Its exit code; it gets time to clean up when we are interrupted or terminated."""
-    before = signal.signal(signal.SIGTERM, lambda *_: child.send_signal(signal.SIGINT))
+def wait_for_any(children: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Until one has ended; all get time to clean up when we are interrupted or terminated."""
+
+    def terminate(*_: object) -> NoReturn:
+        for child in children:
+            child.send_signal(signal.SIGINT)
+        raise SystemExit(128 + signal.SIGTERM)  # as shells report it
+
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
-        return child.wait()
-    except KeyboardInterrupt:
-        # The terminal has sent SIGINT to the child as well.
-        try:
-            child.wait(TEARDOWN)
-        except subprocess.TimeoutExpired:
-            child.kill()
+        with contextlib.ExitStack() as cleanup:
+            poller = select.poll()
+            for child in children:
+                descriptor = os.pidfd_open(child.pid)
+                cleanup.callback(os.close, descriptor)
+                poller.register(descriptor, select.POLLIN)
+            poller.poll()
+    except (KeyboardInterrupt, SystemExit):
+        # They have been sent SIGINT as well, by the terminal or above.
+        end_soon(children)
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def end_soon(children: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Wait for those that were told to end; kill whoever takes too long."""
+    deadline = time.monotonic() + TEARDOWN
+    for child in children:
+        try:
+            child.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
 
 
 def read_report(level: str, report: Path) -> Result:
