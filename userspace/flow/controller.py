@@ -225,12 +225,27 @@ class FlowController:
             raise UsageError(f"a packet has 1 to {SIZE_MAXIMUM} bytes, not {size!r}")
         sent = self._sent
         in_flight = sent.in_flight
-        if app_limited:
-            app_limited = in_flight + size < self._ruler.window
-        number = sent.add(now, size, app_limited)
+        number = sent.next
+        if app_limited or not in_flight or number - sent.base > sent.mask:
+            if app_limited:
+                app_limited = in_flight + size < self._ruler.window
+            sent.add(now, size, app_limited)
+        else:
+            # As add does, without the call: this is the way of nearly all packets.
+            sent.slots[number & sent.mask] = (size, now, sent.delivery)
+            sent.next = number + 1
+            sent.in_flight = in_flight + size
+            sent.last_sent_at = now
         if self._probes:
             self._probes -= 1
-        self._pacer.sent(now, size)
+        # As Pacer.sent does.
+        pacer = self._pacer
+        since, used = pacer.since, pacer.used
+        if (now - since) * pacer.rate < used:
+            pacer.used = used = used + size
+        else:
+            pacer.since, pacer.used = since, used = now, size
+        pacer.full_at = since + (used - pacer.spare) * pacer.per_byte
         if self._every_packet or not in_flight:
             self._congestion.on_sent(now, size, in_flight + size, app_limited=app_limited)
         return number

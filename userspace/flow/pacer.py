@@ -20,8 +20,8 @@ otherwise; 0 paces every packet by itself):
 Where two granularities of the rate and a packet are more than ``burst``, they are the burst: with less, such
 timers could not reach the rate.
 
-The arithmetic is that of :mod:`userspace.flow.bucket`: a level at one time, and an exact count of what left
-since.  Here the level may become negative, by what left before its time.
+The arithmetic is that of :mod:`userspace.flow.bucket`: bytes that were lacking at one time, and a count of
+what left since.  They may be more than the burst, by what left before its time.
 """
 
 from __future__ import annotations
@@ -54,15 +54,14 @@ class Pacer:
     __slots__ = (
         "_burst",
         "_depth",
-        "_full",
-        "_per_byte",
-        "_rate",
-        "_since",
-        "_start",
-        "_used",
         "full_at",
         "granularity",
         "mtu",
+        "per_byte",
+        "rate",
+        "since",
+        "spare",
+        "used",
     )
 
     def __init__(
@@ -82,31 +81,29 @@ class Pacer:
         self.mtu: Final = mtu
         #: Seconds by which a packet may leave before its time.
         self.granularity: Final = granularity
-        self._since = now
-        self._used = 0.0  # bytes that left since then: whole ones, exact
         self._set(rate, burst)
-        self._start: float = self._depth  # the level at that time, bytes
+        #: Bytes that the burst lacked at a time: what left when it was whole and after that.
+        self.since, self.used = now, 0.0
         self._look_ahead()
 
     def _set(self, rate: float, burst: float) -> None:
-        self._rate, self._burst = float(rate), burst
-        self._per_byte = 1 / rate if rate else _NEVER  # seconds; infinite also when it is next to nothing
+        #: Bytes/s.
+        self.rate = float(rate)
+        self._burst = burst
+        #: Seconds; infinite also when the rate is next to nothing.
+        self.per_byte = 1 / rate if rate else _NEVER
         if rate == _NEVER or not self.granularity:
             self._depth = burst
         else:
             # What leaves ahead of its time is part of the burst, not on top of it.
             ahead = rate * self.granularity
             self._depth = max(burst - ahead, ahead + self.mtu)
-        self._full = float(min(self._depth, self.mtu))
+        #: Bytes that the burst may lack when a full packet is due.
+        self.spare = self._depth - float(min(self._depth, self.mtu))
 
     def _look_ahead(self) -> None:
         #: When a full packet is due; NaN where only :meth:`release_time` can tell.
-        self.full_at = self._since + (self._full + self._used - self._start) * self._per_byte
-
-    @property
-    def rate(self) -> float:
-        """Bytes/s."""
-        return self._rate
+        self.full_at = self.since + (self.used - self.spare) * self.per_byte
 
     @property
     def burst(self) -> float:
@@ -121,7 +118,7 @@ class Pacer:
         least = self._depth
         if size < least:  # noqa: PLR1730 - min() would cost as much as all else here
             least = size
-        at = self._since + (least + self._used - self._start) * self._per_byte
+        at = self.since + (least - self._depth + self.used) * self.per_byte
         return at if at > now + self.granularity else now
 
     def sent(self, now: float, size: int) -> None:
@@ -131,15 +128,12 @@ class Pacer:
         """
         if not size >= 0:
             raise UsageError(f"a size is bytes, 0 or more, not {size!r}")
-        since, start, used = self._since, self._start, self._used
-        if start + (now - since) * self._rate - used < self._depth:
-            self._used = used = used + size
-            self.full_at = since + (self._full + used - start) * self._per_byte
-            return
-        check_time(now)  # here it is kept
-        self._since = now
-        self._start = self._depth
-        self._used = float(size)
+        if (now - self.since) * self.rate < self.used:
+            self.used += size
+        else:
+            check_time(now)  # here it is kept
+            self.since = now
+            self.used = float(size)
         self._look_ahead()
 
     def burst_allowed(self, now: float) -> int:
@@ -148,19 +142,19 @@ class Pacer:
         A packet longer than this may leave all the same, when release_time says so.
         """
         check_time(now)
-        if self._rate == _NEVER:
+        if self.rate == _NEVER:
             return UNLIMITED
-        allowed = math.floor(max(0.0, min(self._level(now) + self._rate * self.granularity, UNLIMITED)))
+        allowed = math.floor(max(0.0, min(self._level(now) + self.rate * self.granularity, UNLIMITED)))
         if allowed and self.release_time(now, allowed) > now:  # rounded up, by what the time can't tell
-            unsure = 2 * math.ulp(abs(now) + self.granularity) * self._rate
+            unsure = 2 * math.ulp(abs(now) + self.granularity) * self.rate
             allowed = max(0, allowed - 1 - math.ceil(unsure))
         return allowed
 
     def _level(self, now: float) -> float:
         """Bytes, at most the depth; negative: what left ahead of its time."""
-        if self._rate == _NEVER:
+        if self.rate == _NEVER:
             return self._depth
-        return min(self._depth, self._start + (now - self._since) * self._rate - self._used)
+        return min(self._depth, self._depth + (now - self.since) * self.rate - self.used)
 
     def set_rate(self, now: float, rate: float, burst: float) -> None:
         """Another rate (bytes/s) and burst (bytes) from now on.
@@ -170,19 +164,18 @@ class Pacer:
         100 kbit/s the bytes of a millisecond would be ten seconds.  Raises UsageError for values out of
         range.
         """
-        if rate == self._rate and burst == self._burst:
+        if rate == self.rate and burst == self._burst:
             return
         check_rate(now, rate, burst)
-        now = max(now, self._since)  # what came in until then is in the level already
+        now = max(now, self.since)  # what came in until then is in the level already
         level = self._level(now)
-        before = self._rate
+        before = self.rate
         self._set(rate, burst)
         if level < 0:
             level = max(level * (rate / before), -self._depth) if before > 0 and rate < _NEVER else 0.0
-        self._start = min(level, self._depth)
-        self._since = now
-        self._used = 0.0
+        self.since = now
+        self.used = max(0.0, self._depth - level)
         self._look_ahead()
 
     def __repr__(self) -> str:
-        return f"<Pacer {self._rate:g} bytes/s, burst {self._burst:g}>"
+        return f"<Pacer {self.rate:g} bytes/s, burst {self._burst:g}>"
