@@ -116,7 +116,6 @@ CASES: dict[str, Case] = {
     "sluice bench latency": Case(r"heartbeat", more=("--seconds", "0.2", "--load", "idle")),
     "sluice bench batch": Case(r"sluice\s+8 ", more=("--seconds", "0.2", "--path", "sluice", "--batch", "8")),
     "sluice bench cpu": Case(r"50,000\s+asyncio", more=("--seconds", "0.2", "--rate", "50000")),
-    "sluice bench soak --minutes 3": Case(r"sluice-mmsg", more=("--minutes", "0.02", "--rate", "2000")),
     "sluice bench flow": Case(r"newreno\s+1%", more=("--packets", "1000", "--rounds", "1")),
     "sluice bench program": Case(r"(?s)v4.*v6", more=("--seconds", "0.5")),
     "sluice bench all --report docs/benchmarks.md": Case(
