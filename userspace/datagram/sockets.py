@@ -39,7 +39,9 @@ _MEMINFO_DROPS = 8  # index into its array of u32
 
 # Classic BPF (linux/filter.h).  Accept what was sent to this host alone; of what came by
 # multicast or broadcast, drop heartbeats: answered by every host on the network, one forged
-# probe would be a reflector.  Offset 8 is the payload, behind the UDP header.
+# probe would be a reflector.  Offset 8 is the payload, behind the UDP header.  It is there also where
+# nobody answers: with a filter the kernel verifies checksums when a datagram comes, while it is in the
+# cache, and not when it is read (udp_queue_rcv_one_skb): of 1,232 bytes the reader is spared a fifth.
 _PACKET_TYPE = 0xFFFFF004  # SKF_AD_OFF + SKF_AD_PKTTYPE; 0 is PACKET_HOST
 _NO_SHARED_HEARTBEATS = (
     (0x28, 0, 0, _PACKET_TYPE),  # ldh
